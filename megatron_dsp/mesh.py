@@ -1,0 +1,208 @@
+"""Degrees -> rank grid -> groups, and what DeepSpeed and torch see of them.
+
+Ranks are laid out innermost first: tensor, sequence, data, pipe. Tensor collectives are the most frequent, so their ranks
+are neighbours; then the sequence axis's switches; gradients over data once a step; pipeline sends least.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
+
+from megatron_dsp import config as configs
+from megatron_dsp import launch
+from megatron_dsp.errors import UsageError
+
+AXES = ("pipe", "data", "sequence", "tensor")  # outermost first: the dims of the grid
+
+# The groups that a mesh makes: each axis, the ranks that average gradients, and DeepSpeed's model-parallel ranks.
+_GROUPS = (("tensor",), ("sequence",), ("data",), ("pipe",), ("data", "sequence"), ("pipe", "tensor"))
+
+
+class RankGrid:
+    """The arithmetic of a mesh for any world size; needs no processes."""
+
+    def __init__(self, world_size: int, *, tensor: int = 1, pipe: int = 1, sequence: int = 1, data: int | None = None):
+        degrees = {"tensor": tensor, "pipe": pipe, "sequence": sequence}
+        if data is not None:
+            degrees["data"] = data
+        for axis, degree in degrees.items():
+            if not isinstance(degree, int) or isinstance(degree, bool) or degree < 1:
+                raise UsageError(f"{axis}={degree!r}: a degree is a whole number of at least 1")
+        product = math.prod(degrees.values())
+        text = " x ".join(f"{axis} {degree}" for axis, degree in degrees.items())
+        if data is None and world_size % product:
+            raise UsageError(
+                f"world size {world_size} is not a multiple of {text} = {product}; start a multiple of {product} ranks, "
+                "or lower a degree"
+            )
+        if data is not None and world_size != product:
+            raise UsageError(f"world size {world_size} is not {text} = {product}; start {product} ranks, or change a degree")
+        self.world_size = world_size
+        self.degrees: Mapping[str, int] = {**degrees, "data": world_size // product if data is None else data}
+        self.ranks = np.arange(world_size).reshape([self.degrees[axis] for axis in AXES])
+
+    def coordinate(self, rank: int, axis: str) -> int:
+        """The position of ``rank`` along one axis."""
+        return int(np.unravel_index(rank, self.ranks.shape)[AXES.index(axis)])
+
+    def groups(self, *axes: str) -> list[list[int]]:
+        """All groups along these axes: in each, the ranks differ only there, in the grid's order."""
+        unknown = set(axes) - set(AXES)
+        if unknown or not axes:
+            raise UsageError(f"no axis {', '.join(sorted(unknown)) or '(none given)'}; a mesh has {', '.join(AXES)}")
+        kept = [AXES.index(axis) for axis in AXES if axis in axes]
+        others = [i for i in range(len(AXES)) if i not in kept]
+        size = math.prod(self.degrees[axis] for axis in set(axes))
+        return self.ranks.transpose(others + kept).reshape(-1, size).tolist()
+
+
+class Mesh:
+    """The process groups of this rank. ``data`` fills the world where it is not given.
+
+    Starts torch.distributed if nobody has (``launch.start``). Collective: every rank makes the same meshes in the same
+    order. Raises UsageError, on every rank, where the degrees do not fit the world size.
+    """
+
+    def __init__(self, *, tensor: int = 1, pipe: int = 1, sequence: int = 1, data: int | None = None):
+        launch.start()
+        self.grid = RankGrid(dist.get_world_size(), tensor=tensor, pipe=pipe, sequence=sequence, data=data)
+        self._global_rank = dist.get_rank()
+        self._groups = {axes: self._make_group(axes) for axes in _GROUPS}
+
+    def _make_group(self, axes: tuple[str, ...]) -> dist.ProcessGroup:
+        mine = next(ranks for ranks in self.grid.groups(*axes) if self._global_rank in ranks)
+        # Only the members meet: at 512 ranks the world need not wait for each of hundreds of groups in turn.
+        return dist.new_group(mine, use_local_synchronization=True, group_desc="+".join(axes))
+
+    def size(self, axis: str) -> int:
+        """The degree of one axis: pipe, data, sequence or tensor."""
+        return self.group(axis).size()
+
+    def rank(self, axis: str) -> int:
+        """This rank's position along one axis."""
+        return self.group(axis).rank()
+
+    def group(self, *axes: str) -> dist.ProcessGroup:
+        """The group along one axis, or ``group("data", "sequence")``, over which gradients are averaged. Never None."""
+        key = tuple(axis for axis in AXES if axis in axes)
+        if key not in self._groups or len(key) != len(axes):
+            known = ", ".join("(" + ", ".join(axes) + ")" for axes in _GROUPS)
+            raise UsageError(f"a mesh has no group over {axes}; it has those over {known}")
+        return self._groups[key]
+
+    @cached_property
+    def mpu(self) -> DeepSpeedView:
+        """What DeepSpeed may know of this mesh: to it, the data axis is data x sequence.
+
+        Not for a pipeline (DeepSpeed wants None there), nor for samplers (see ``dsp.sampler``).
+        """
+        return DeepSpeedView(self)
+
+    @cached_property
+    def device_mesh(self) -> DeviceMesh:
+        """The same groups as a torch DeviceMesh with dims pipe, data, sequence, tensor; for DDP, FSDP2 and DCP."""
+        return DeviceMesh.from_group(
+            [self.group(axis) for axis in AXES],
+            device_type=self.device.type,
+            mesh=torch.from_numpy(self.grid.ranks),
+            mesh_dim_names=AXES,
+        )
+
+    @property
+    def device(self) -> torch.device:
+        """The device of this process: its GPU where torch.distributed was started with NCCL, else the CPU."""
+        if "nccl" in dist.get_backend():
+            return torch.device("cuda", torch.cuda.current_device())
+        return torch.device("cpu")
+
+    def __repr__(self) -> str:
+        degrees = ", ".join(f"{axis}={self.grid.degrees[axis]}" for axis in reversed(AXES))
+        return f"Mesh({degrees}; rank {self._global_rank} of {self.grid.world_size})"
+
+
+class DeepSpeedView:
+    """A Megatron-style ``mpu`` whose data-parallel group is data x sequence, so that every ZeRO stage averages gradients
+    over both. It must not have any ``get_sequence_*`` or ``initialize_sequence_parallel``: with those DeepSpeed sums over
+    the sequence group, or does not reduce there at all, depending on the stage (docs/contracts.md).
+    """
+
+    def __init__(self, mesh: Mesh):
+        self._mesh = mesh
+
+    def get_data_parallel_group(self) -> dist.ProcessGroup:
+        return self._mesh.group("data", "sequence")
+
+    def get_data_parallel_rank(self) -> int:
+        return self.get_data_parallel_group().rank()
+
+    def get_data_parallel_world_size(self) -> int:
+        return self.get_data_parallel_group().size()
+
+    def get_data_parallel_group_ranks(self) -> list[int]:
+        return dist.get_process_group_ranks(self.get_data_parallel_group())
+
+    def get_model_parallel_group(self) -> dist.ProcessGroup:
+        return self._mesh.group("pipe", "tensor")
+
+    def get_model_parallel_rank(self) -> int:
+        """Enumerates pipe x tensor, since DeepSpeed names its ``mp_rank_XX`` files after it."""
+        return self.get_model_parallel_group().rank()
+
+    def get_model_parallel_world_size(self) -> int:
+        return self.get_model_parallel_group().size()
+
+    def get_tensor_model_parallel_group(self) -> dist.ProcessGroup:
+        return self._mesh.group("tensor")
+
+    def get_tensor_model_parallel_rank(self) -> int:
+        return self._mesh.rank("tensor")
+
+    def get_tensor_model_parallel_world_size(self) -> int:
+        return self._mesh.size("tensor")
+
+    def get_pipeline_model_parallel_group(self) -> dist.ProcessGroup:
+        return self._mesh.group("pipe")
+
+    def get_pipeline_model_parallel_rank(self) -> int:
+        return self._mesh.rank("pipe")
+
+    def get_pipeline_model_parallel_world_size(self) -> int:
+        return self._mesh.size("pipe")
+
+
+_current: Mesh | None = None
+
+
+def initialize(config: str | Path | dict[str, Any] | configs.Config) -> Mesh:
+    """Make the mesh that a ds_config asks for, and make it current: its sequence group is the default of ``dsp.switch`` etc.
+
+    Finds rank and world from the launcher and starts torch.distributed if nobody has. Collective: every rank calls it.
+    A second call with the same degrees returns the same mesh; with others it is a UsageError.
+    """
+    global _current
+    degrees = configs.load(config).degrees
+    if _current is None:
+        _current = Mesh(**degrees)
+    elif any(_current.size(axis) != degree for axis, degree in degrees.items()):
+        raise UsageError(f"dsp.initialize was called before with other degrees: it made {_current}, and now gets {degrees}")
+    return _current
+
+
+def sequence_group(group: dist.ProcessGroup | None) -> dist.ProcessGroup:
+    """``group``, or the current mesh's sequence group. Neither is an error: never the world."""
+    if group is not None:
+        return group
+    if _current is None:
+        raise UsageError(
+            "no group= and no current mesh: pass group=mesh.group('sequence'), or call dsp.initialize(config) first"
+        )
+    return _current.group("sequence")

@@ -1,0 +1,117 @@
+"""DeepSpeed driven by a mesh: one gradient rule in every ZeRO stage, and batch sizes that are true on both sides.
+
+To DeepSpeed the data axis is data x sequence (``mesh.mpu``), so that it averages gradients over both. But the ranks of a
+sequence group share their samples, so what a user writes and reads as batch size counts them once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from types import MethodType
+from typing import Any
+
+from torch import nn
+from torch.utils.data import Dataset
+
+from megatron_dsp import config as configs
+from megatron_dsp.errors import UsageError
+from megatron_dsp.mesh import Mesh
+from megatron_dsp.training.sampler import sampler
+
+
+def deepspeed_initialize(
+    args: Any = None,
+    model: nn.Module | None = None,
+    optimizer: Any = None,
+    model_parameters: Any = None,
+    training_data: Dataset | None = None,
+    lr_scheduler: Any = None,
+    *,
+    mesh: Mesh,
+    config: str | Path | dict[str, Any] | configs.Config | None = None,
+    collate_fn: Callable[[list[Any]], Any] | None = None,
+) -> tuple[Any, Any, Any, Any]:
+    """``deepspeed.initialize`` on a mesh; the same arguments and the same four results: engine, optimizer, loader, scheduler.
+
+    Gradients are averaged over data x sequence in every ZeRO stage. Batch sizes in ``config``, and those that the engine
+    reports (``train_batch_size()``, ``global_samples``, samples a second), count samples once. The loader of
+    ``training_data`` gives the ranks of one sequence group the same samples. ``args.deepspeed_config`` serves where
+    ``config`` is not given; a client optimizer needs ``"zero_allow_untested_optimizer": true``, as always in DeepSpeed.
+
+    Errors: UsageError, on every rank, where the config does not fit the mesh or asks for what is not built.
+    """
+    # Its import takes seconds, which those who train with DDP or FSDP need not spend.
+    import deepspeed
+    from deepspeed.ops import __compatible_ops__ as compatible_ops
+
+    if model is None:
+        raise UsageError("deepspeed_initialize needs a model")
+    given = [source for source in (config, getattr(args, "deepspeed_config", None)) if source is not None]
+    if len(given) != 1:
+        raise UsageError("give the ds_config once: as config=, or as args.deepspeed_config")
+    settings = configs.load(given[0])
+    _check_degrees(settings, mesh)
+    _, micro, steps = settings.batch_sizes.complete(mesh.size("data"))
+    ds_config = {key: value for key, value in settings.deepspeed.items() if key not in configs.BatchSizes.model_fields} | {
+        "train_micro_batch_size_per_gpu": micro,
+        "gradient_accumulation_steps": steps,
+    }
+
+    if mesh.device.type == "cpu":
+        # Its shared-memory collectives would be compiled at start-up, which takes a C++ compiler and up to two minutes.
+        compatible_ops["deepspeed_shm_comm"] = False
+    engine, optimizer, _, lr_scheduler = deepspeed.initialize(
+        model=model,
+        optimizer=optimizer,
+        model_parameters=model_parameters,
+        lr_scheduler=lr_scheduler,
+        mpu=mesh.mpu,
+        dist_init_required=False,
+        config=ds_config,
+    )
+    _report_true_batch_sizes(engine, mesh.size("data"))
+    loader = None
+    if training_data is not None:
+        loader = engine.deepspeed_io(
+            training_data,
+            data_sampler=sampler(training_data, mesh),
+            collate_fn=collate_fn,
+            pin_memory=mesh.device.type == "cuda",
+        )
+        engine.training_dataloader = loader
+    return engine, optimizer, loader, lr_scheduler
+
+
+def _check_degrees(settings: configs.Config, mesh: Mesh) -> None:
+    for axis, degree in settings.degrees.items():
+        if degree != mesh.size(axis):
+            raise UsageError(f"the config gives {axis} degree {degree}, but this mesh has {mesh.size(axis)}; make them agree")
+    if mesh.size("pipe") > 1:
+        raise UsageError(f"pipe={mesh.size('pipe')} is not built yet; use pipe 1")
+    zero = settings.deepspeed.get("zero_optimization", {})
+    for key, neutral in (("mics_shard_size", -1), ("zero_hpz_partition_size", 1)):
+        if zero.get(key, neutral) not in (neutral, 0):
+            raise UsageError(
+                f"zero_optimization.{key}={zero[key]} makes groups of its own that do not know the sequence axis; remove it"
+            )
+
+
+def _report_true_batch_sizes(engine: Any, data: int) -> None:
+    """Let the engine count samples over ``data`` ranks, as the user does, instead of data x sequence."""
+
+    def set_train_batch_size(engine: Any, train_batch_size: int) -> None:
+        micro = engine.train_micro_batch_size_per_gpu()
+        if train_batch_size % (micro * data):
+            raise UsageError(f"train_batch_size={train_batch_size} must be a multiple of micro batch {micro} x data {data}")
+        engine._config.train_batch_size = train_batch_size
+        engine._config.gradient_accumulation_steps = train_batch_size // (micro * data)
+        engine.tput_timer.batch_size = train_batch_size
+
+    def set_train_micro_batch_size(engine: Any, micro_batch_size: int) -> None:
+        engine._config.train_micro_batch_size_per_gpu = micro_batch_size
+        set_train_batch_size(engine, micro_batch_size * engine.gradient_accumulation_steps() * data)
+
+    engine.set_train_batch_size = MethodType(set_train_batch_size, engine)
+    engine.set_train_micro_batch_size = MethodType(set_train_micro_batch_size, engine)
+    engine.set_train_micro_batch_size(engine.train_micro_batch_size_per_gpu())

