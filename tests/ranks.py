@@ -21,7 +21,7 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
-TIMEOUT = 240  # seconds that a function may take
+TIMEOUT = 120  # seconds that a function may take
 GRACE = 3  # seconds that the others get to fail as well, after one has failed
 
 

@@ -1,0 +1,120 @@
+"""Attention over one dim of an activation in storage order [T, B, S, C], and over conditioning tokens.
+
+T are token frames, B the batch, S spatial tokens, C the hidden size; H are heads, D a head's size, L conditioning
+tokens. Self-attention works on views: neither the attended dim nor its batch is ever moved in memory. Any of T and S
+may be 0, as on a rank with an empty shard.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+def attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Softmax attention of strided tensors; the only place that calls an attention kernel.
+
+    Args:
+        query: [batch, H, length, D].
+        key: [batch, H, key length, D].
+        value: like ``key``.
+        mask: bool, broadcastable to [batch, H, length, key length]; True = attend.
+
+    Returns:
+        Shaped like ``query``; CPU's flash kernel also gives it the memory order of ``query``.
+    """
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+
+
+def rotate(x: Tensor, rotations: Tensor) -> Tensor:
+    """Turn each pair of neighbouring channels by its angle (rotary positions, RoFormer, arXiv 2104.09864).
+
+    Args:
+        x: [..., D], its last dim contiguous.
+        rotations: complex, broadcastable to [..., D / 2].
+
+    Returns:
+        A tensor like ``x``, computed in the precision of ``rotations``.
+    """
+    # As complex numbers, the rotation is one multiplication: one pass over memory and nothing to concatenate.
+    pairs = torch.view_as_complex(x.to(rotations.real.dtype).unflatten(-1, (-1, 2)))
+    return torch.view_as_real(pairs * rotations).flatten(-2).to(x.dtype)
+
+
+class SelfAttention(nn.Module):
+    """Multi-head attention over the dim ``over`` of [T, B, S, C]; the other dims are its batch.
+
+    Args:
+        hidden: C.
+        heads: H, a divisor of C.
+        over: "space" attends over S, "time" over T.
+        qk_norm: normalise every head's queries and keys (RMS, as in ViT-22B, arXiv 2302.05442, and STDiT3).
+    """
+
+    def __init__(self, hidden: int, heads: int, over: Literal["space", "time"], qk_norm: bool) -> None:
+        super().__init__()
+        self.over = over
+        self.head_shape = (heads, hidden // heads)
+        # Three layers, not a fused one: its q, k and v would be strided slices, which the norms' GPU kernel copies,
+        # and whose gradients have to be stacked.
+        self.query = nn.Linear(hidden, hidden)
+        self.key = nn.Linear(hidden, hidden)
+        self.value = nn.Linear(hidden, hidden)
+        self.query_norm: nn.Module = nn.RMSNorm(hidden // heads, eps=1e-6) if qk_norm else nn.Identity()
+        self.key_norm: nn.Module = nn.RMSNorm(hidden // heads, eps=1e-6) if qk_norm else nn.Identity()
+        self.out = nn.Linear(hidden, hidden)
+
+    def forward(self, x: Tensor, rotations: Tensor | None = None) -> Tensor:
+        """Attend in x [T, B, S, C]; ``rotations`` (complex, [T, 1, 1, 1, D / 2]) turn queries and keys."""
+        query = self.query_norm(self.query(x).unflatten(-1, self.head_shape))
+        key = self.key_norm(self.key(x).unflatten(-1, self.head_shape))
+        value = self.value(x).unflatten(-1, self.head_shape)
+        if rotations is not None:
+            query, key = rotate(query, rotations), rotate(key, rotations)
+        attended = attention(self._batched(query), self._batched(key), self._batched(value))
+        return self.out(self._in_storage_order(attended, x))
+
+    def _batched(self, x: Tensor) -> Tensor:
+        """View [T, B, S, H, D] as [batch, H, length, D]."""
+        if self.over == "space":
+            return x.flatten(0, 1).transpose(1, 2)
+        return x.flatten(1, 2).permute(1, 2, 0, 3)
+
+    def _in_storage_order(self, attended: Tensor, x: Tensor) -> Tensor:
+        """Bring [batch, H, length, D] back to the shape of x: a view where the kernel kept the memory order."""
+        rows = attended.transpose(1, 2) if self.over == "space" else attended.permute(2, 0, 1, 3)
+        return rows.reshape(x.shape)
+
+
+class CrossAttention(nn.Module):
+    """Multi-head attention from every token of [T, B, S, C] to its sample's conditioning tokens [B, L, C]."""
+
+    def __init__(self, hidden: int, heads: int) -> None:
+        super().__init__()
+        self.head_shape = (heads, hidden // heads)
+        self.query = nn.Linear(hidden, hidden)
+        self.key = nn.Linear(hidden, hidden)
+        self.value = nn.Linear(hidden, hidden)
+        self.out = nn.Linear(hidden, hidden)
+
+    def forward(self, x: Tensor, tokens: Tensor, mask: Tensor) -> Tensor:
+        """Attend from x [T, B, S, C] to ``tokens`` [B, L, C] where ``mask`` [B, L] is True."""
+        frames = x.shape[0]
+        query = self.query(x).unflatten(-1, self.head_shape)
+        key = self.key(tokens).unflatten(-1, self.head_shape)
+        value = self.value(tokens).unflatten(-1, self.head_shape)
+        attended = attention(
+            query.flatten(0, 1).transpose(1, 2),
+            _repeat(key, frames).transpose(1, 2),
+            _repeat(value, frames).transpose(1, 2),
+            _repeat(mask, frames)[:, None, None, :],
+        )
+        return self.out(attended.transpose(1, 2).reshape(x.shape))
+
+
+def _repeat(x: Tensor, frames: int) -> Tensor:
+    """[B, ...] for every frame, as [frames * B, ...]: a view for B = 1, else a copy of the short tokens, never of x."""
+    return x.expand(frames, *x.shape).flatten(0, 1)

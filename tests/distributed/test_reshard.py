@@ -1,0 +1,264 @@
+"""The primitives against slices of the whole tensor (bitwise), and their gradients against one process (fp64)."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.distributed as dist
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+import megatron_dsp as dsp
+
+DTYPES = [
+    torch.float32,
+    torch.float64,
+    torch.bfloat16,
+    torch.float16,
+    torch.int64,
+    torch.int32,
+    torch.uint8,
+    torch.bool,
+    torch.complex64,
+    torch.float8_e4m3fn,
+]
+
+
+@st.composite
+def movements(draw):
+    """(ranks, shape, gather, split, dtype, order of storage, seed)"""
+    shape = draw(st.lists(st.integers(0, 7), min_size=2, max_size=6).filter(lambda s: torch.Size(s).numel() < 20000))
+    dims = draw(st.permutations(range(len(shape))))
+    negative = draw(st.booleans())
+    gather, split = (dim - len(shape) if negative else dim for dim in dims[:2])
+    storage = draw(st.permutations(range(len(shape))))
+    return (
+        draw(st.integers(1, 4)),
+        shape,
+        gather,
+        split,
+        draw(st.sampled_from(DTYPES)),
+        storage,
+        draw(st.integers(0, 2**31)),
+    )
+
+
+def _whole(shape: list[int], dtype: torch.dtype, storage: list[int], seed: int) -> Tensor:
+    """A random tensor whose dims are stored in the order ``storage``: non-contiguous in general."""
+    generator = torch.Generator().manual_seed(seed)
+    stored = torch.randint(-100, 100, [shape[dim] for dim in storage], generator=generator)
+    return stored.to(dtype).permute([storage.index(dim) for dim in range(len(shape))])
+
+
+def _bits(x: Tensor) -> Tensor:
+    return x.contiguous().view(-1).view(torch.uint8)
+
+
+def _move(shape, gather, split, dtype, storage, seed):
+    group = dist.group.WORLD
+    whole = _whole(shape, dtype, storage, seed)
+    with dsp.ledger() as moved:
+        x = dsp.split(whole, dim=gather, group=group)
+        y = dsp.switch(x, gather=gather, split=split, size=shape[gather], group=group)
+        back = dsp.gather(y, dim=split, size=shape[split], group=group)
+    rank, size = group.rank(), group.size()
+    assert torch.equal(_bits(y), _bits(whole.tensor_split(size, split)[rank]))
+    assert y.shape == whole.tensor_split(size, split)[rank].shape
+    assert back.shape == whole.shape
+    assert torch.equal(_bits(back), _bits(whole))
+    sent = dict((operation, sent) for operation, (_, sent) in moved.by("operation").items())
+    own = dsp.shard_sizes(shape[gather], size)[rank], dsp.shard_sizes(shape[split], size)[rank]
+    others = torch.Size(s for dim, s in enumerate(shape) if dim not in (gather % len(shape), split % len(shape))).numel()
+    expected = own[0] * others * (shape[split] - own[1]) * whole.element_size()
+    assert sent.get("switch", 0) == expected
+    assert moved.calls == (2 if size > 1 else 0)
+
+
+@given(movements())
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_every_movement_is_bitwise_the_slice_of_the_whole(ranks, movement):
+    ranks(movement[0], _move, *movement[1:])
+
+
+class _Program(nn.Module):
+    """Parameters before, inside and after a region that switches, splits, means and gathers; position-dependent."""
+
+    def __init__(self, T: int, S: int, C: int, group: dist.ProcessGroup | None):
+        super().__init__()
+        self.before, self.inside, self.inside2, self.after = (nn.Linear(C, C, dtype=torch.float64) for _ in range(4))
+        self.scale = nn.Parameter(torch.randn(T, S, 1, dtype=torch.float64))  # a replicated table, sliced in the region
+        self.T, self.S, self.group = T, S, group
+
+    def forward(self, x: Tensor, loss: str) -> Tensor:
+        T, S, group = self.T, self.S, self.group
+        weight = torch.linspace(0.5, 2.0, T * S, dtype=torch.float64).view(T, S, 1)
+        x = torch.tanh(self.before(x))
+        if group is None:
+            x = torch.tanh(self.inside(x) * self.scale)
+            x = torch.tanh(self.inside2(x) + x.mean(0, keepdim=True))
+            y = self.after(x)
+            if loss == "all-reduced":
+                return ((y.mean(1)) ** 2 * weight[:, :1]).mean()
+            return (y**2 * weight).mean()
+        x = dsp.split(x, dim=0, group=group)
+        x = torch.tanh(self.inside(x) * dsp.split(self.scale, dim=0, group=group))
+        x = dsp.switch(x, gather=0, split=1, size=T, group=group)
+        x = dsp.switch(x, gather=1, split=0, size=S, group=group)
+        x = torch.tanh(self.inside2(x) + dsp.mean(x, dim=0, size=T, group=group).unsqueeze(0))
+        if loss == "gathered":
+            return (self.after(dsp.gather(x, dim=0, size=T, group=group)) ** 2 * weight).mean()
+        x = dsp.switch(x, gather=0, split=1, size=T, group=group)
+        y = self.after(x)
+        if loss == "all-reduced":
+            return (dsp.mean(y, dim=1, size=S, group=group) ** 2 * weight[:, :1]).mean()
+        return dsp.mean_loss(y**2 * dsp.split(weight, dim=1, group=group), group=group)
+
+
+def _gradients(T: int, S: int, C: int, loss: str) -> tuple[float, float]:
+    """The largest relative errors of the loss and of any averaged parameter gradient."""
+    torch.manual_seed(T * 100 + S)
+    group = dist.group.WORLD
+    single = _Program(T, S, C, None)
+    parallel = _Program(T, S, C, group)
+    parallel.load_state_dict(single.state_dict())
+    x = torch.randn(T, S, C, dtype=torch.float64)
+    expected = single(x, loss)
+    expected.backward()
+    value = parallel(x, loss)
+    value.backward()
+    value = value.detach().clone()
+    dist.all_reduce(value)
+    error = 0.0
+    for name, parameter in parallel.named_parameters():
+        gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+        dist.all_reduce(gradient)
+        reference = single.get_parameter(name).grad
+        error = max(error, ((gradient / group.size() - reference).abs().max() / reference.abs().max()).item())
+    return abs(value.item() / group.size() - expected.item()) / abs(expected.item()), error
+
+
+@pytest.mark.parametrize("loss", ["gathered", "local shard", "all-reduced"])
+@pytest.mark.parametrize("size", [1, 2, 3, 4])
+@pytest.mark.parametrize(("T", "S"), [(8, 12), (5, 7), (3, 2), (1, 6)])
+def test_averaged_gradients_equal_one_process(ranks, size, T, S, loss):
+    for loss_error, gradient_error in ranks(size, _gradients, T, S, 3, loss):
+        assert loss_error < 1e-14
+        assert gradient_error < 1e-14
+
+
+def _second_derivative() -> None:
+    group = dist.group.WORLD
+    x = torch.randn(3, 5, dtype=torch.float64, requires_grad=True)
+
+    def program(x):
+        y = dsp.switch(dsp.split(x, dim=0, group=group), gather=0, split=1, size=3, group=group)
+        return dsp.gather(torch.sin(y), dim=1, size=5, group=group)
+
+    (first,) = torch.autograd.grad(program(x).sum(), x, create_graph=True)
+    (second,) = torch.autograd.grad((first**2).sum(), x)
+    # Partial sums: the mean over ranks of d/dx sum(N cos(x)), each rank's own graph.
+    dist.all_reduce(first := first.detach().clone())
+    assert torch.allclose(first / group.size(), torch.cos(x), atol=1e-14)
+    assert torch.isfinite(second).all()
+
+
+def test_adjoints_are_differentiable_again(ranks):
+    ranks(3, _second_derivative)
+
+
+def _ledger(T: int, B: int, S: int, C: int) -> None:
+    group = dist.group.WORLD
+    rank, size = group.rank(), group.size()
+    T_r, S_r = dsp.shard_sizes(T, size)[rank], dsp.shard_sizes(S, size)[rank]
+    x = torch.randn(T_r, B, S, C, requires_grad=True)
+    with dsp.ledger() as moved:
+        y = dsp.switch(x, gather=0, split=2, size=T, group=group, stage="temporal 0")
+        y.sum().backward()
+        live = moved.calls
+    assert live == moved.calls == 2
+    rows = {(row.stage, row.operation): (row.calls, row.bytes) for row in moved.rows}
+    assert rows == {
+        ("temporal 0", "switch"): (1, T_r * B * (S - S_r) * C * 4),
+        ("temporal 0", "switch adjoint"): (1, (T - T_r) * B * S_r * C * 4),
+    }
+    dsp.switch(x, gather=0, split=2, size=T, group=group)
+    assert moved.calls == 2, "a closed ledger must not go on counting"
+
+
+@pytest.mark.parametrize("shape", [(4, 2, 8, 3), (5, 1, 7, 2), (3, 2, 2, 1)])
+@pytest.mark.parametrize("size", [2, 3, 4])
+def test_ledger_counts_what_leaves_a_rank(ranks, size, shape):
+    ranks(size, _ledger, *shape)
+
+
+def _mean_loss() -> None:
+    group = dist.group.WORLD
+    rank, size = group.rank(), group.size()
+    torch.manual_seed(0)
+    tokens, mask = torch.randn(7, 3, dtype=torch.float64), torch.rand(7, 1) < 0.5
+    tokens[3, 0] = float("nan")
+    mask[3] = False
+    local, local_mask = (dsp.split(t, dim=0, group=group) for t in (tokens, mask))
+    value = dsp.mean_loss(local, group=group, mask=local_mask)
+    dist.all_reduce(value)
+    assert torch.allclose(value / size, tokens[mask.squeeze(1)].mean(), atol=1e-15)
+    empty = local.clone().requires_grad_()
+    value = dsp.mean_loss(empty, group=group, mask=torch.zeros_like(local_mask))
+    value.backward()
+    assert value.item() == 0
+    assert (empty.grad == 0).all()
+    # Only one rank has tokens that count: the others give 0, not NaN.
+    one = torch.full_like(local_mask, rank == 0) & torch.isfinite(local).all(1, keepdim=True)
+    value = dsp.mean_loss(local, group=group, mask=one)
+    assert value.isfinite()
+    assert (value == 0) == (rank != 0)
+
+
+def test_mean_loss_with_masks(ranks):
+    ranks(3, _mean_loss)
+
+
+def _refusals() -> list[str]:
+    mesh = dsp.Mesh(tensor=2)
+    group = mesh.group("data")
+    x = torch.zeros(2, 4, 3)
+    messages = []
+    for call in (
+        lambda: dsp.switch(x, gather=1, split=-2, size=8, group=group),
+        lambda: dsp.switch(x, gather=3, split=0, size=8, group=group),
+        lambda: dsp.switch(x, gather=1, split=0, size=12, group=group),
+        lambda: dsp.gather(x, dim=0, size=9, group=group),
+        lambda: dsp.mean(x.long(), dim=0, size=4, group=group),
+        lambda: dsp.split(x, dim=0, group=mesh.group("tensor")),
+        lambda: dsp.split(x, dim=0),
+    ):
+        with pytest.raises(ValueError) as error:  # noqa: PT011 - the texts are compared below
+            call()
+        messages.append(str(error.value))
+    return messages
+
+
+def test_refusals_name_the_value_the_rule_and_the_fix(ranks):
+    signs = ["both dim 1", "gather=3", "size=12", "size=9", "int64", "tensor group", "no current mesh"]
+    for messages in ranks(4, _refusals):
+        for sign, message in zip(signs, messages, strict=True):
+            assert sign in message
+
+
+def _copies(T: int, B: int, S: int, C: int) -> list[int]:
+    """Copies of activation size in a switch there, and in one back."""
+    group = dist.group.WORLD
+    x = torch.randn(T // group.size(), B, S, C)
+    counts = []
+    for gather, split, size in ((0, 2, T), (2, 0, S)):
+        with torch.profiler.profile(record_shapes=True) as profile:
+            x = dsp.switch(x, gather=gather, split=split, size=size, group=group)
+        copied = [event for event in profile.events() if event.name in ("aten::copy_", "aten::clone", "aten::cat")]
+        counts.append(sum(torch.Size(event.input_shapes[0]).numel() for event in copied) // x.numel())
+    return counts
+
+
+def test_one_copy_a_switch_in_storage_order(ranks):
+    # T lies outermost in [T, B, S, C]: its side of a switch is a view.
+    assert ranks(2, _copies, 4, 2, 6, 8) == [[1, 1]] * 2
