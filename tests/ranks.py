@@ -72,7 +72,7 @@ class RankPool:
 
     def _start(self) -> tuple[Any, Connection]:
         ours, theirs = mp.Pipe()
-        process = mp.get_context("spawn").Process(target=_serve, args=(theirs, sys.path), daemon=True)
+        process = mp.get_context("spawn").Process(target=_serve, args=(theirs, sys.path))
         process.start()
         theirs.close()
         return process, ours
@@ -116,7 +116,23 @@ def _call(rank: int, size: int, store: str, call: bytes) -> Any:
         return getattr(importlib.import_module(module), name)(*arguments, **keywords)
     finally:
         mesh._current = None
-        if "deepspeed.comm.comm" in sys.modules:
-            sys.modules["deepspeed.comm.comm"].cdb = None  # DeepSpeed's own record that the world was started
+        if "deepspeed" in sys.modules:
+            _reset_deepspeed()
         gc.collect()
         dist.destroy_process_group()
+
+
+def _reset_deepspeed() -> None:
+    """Undo what DeepSpeed leaves in a process, as if each test ran in a new one.
+
+    Its record of the world; its numbering of modules and parameters (ranks that took part in different tests must agree);
+    and ZeRO 3's replacement of torch's linear, with which a later ZeRO 2 run in the same process trains wrongly.
+    """
+    import torch
+    from deepspeed.comm import comm
+    from deepspeed.runtime.zero import parameter_offload, partition_parameters
+
+    comm.cdb = None
+    torch.nn.functional.linear = torch._C._nn.linear
+    partition_parameters.Init.param_id = 0
+    parameter_offload.DeepSpeedZeRoOffload._register_deepspeed_module.__defaults__[0][0] = 0

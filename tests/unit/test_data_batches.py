@@ -168,6 +168,11 @@ def test_conditioning_does_not_depend_on_which_other_files_there_are():
     assert_equal(alone.batch([first], range(1)), among.batch([sample], range(1)), ["conditioning", "conditioning_mask"])
 
 
+def test_a_file_name_need_not_be_text():
+    latin = Video(b"caf\xe9.mp4".decode(errors="surrogateescape"), np.zeros((7, 4, 6, 3), dtype=np.uint8))
+    assert make_batches(clips=Clips([latin], frames=7)).batch([0], range(7)).conditioning_mask.any()
+
+
 def test_a_batch_moves_to_another_device():
     batch = make_batches().batch([0], range(7)).to("meta")
     assert {getattr(batch, field.name).device.type for field in fields(batch)} == {"meta"}

@@ -69,9 +69,9 @@ BAD_FILES = {
     "empty.mp4": lambda path: path.write_bytes(b""),
     "without_index.mp4": lambda path: write_cut_off(path, 0.7, **MPEG4),  # the index stands at the end
     "with_index.mp4": lambda path: write_cut_off(path, 0.7, **MPEG4, options={"movflags": "faststart"}),
-    "cut_off.mpg": lambda path: write_cut_off(path, 0.95, codec="mpeg2video", pix_fmt="yuv420p"),
+    "cut_off.avi": lambda path: write_cut_off(path, 0.7),  # the decoder does not notice, the container does
     "damaged.avi": write_damaged,
-    "without_frames.mkv": write_without_frames,
+    "without_frames.avi": write_without_frames,
     "sound.mp4": write_sound,
 }
 
@@ -174,6 +174,10 @@ def test_the_cache_is_used_again_until_the_file_changes(tmp_path, open_folder, m
     os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns + 1))
     np.testing.assert_array_equal(open_folder(path)[0].frames, changed)
 
+    write_video(path, changed[:4], **UNCOMPRESSED)
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns + 1))
+    np.testing.assert_array_equal(open_folder(path)[0].frames, changed[:4])
+
 
 def test_files_of_the_same_name_do_not_share_a_cache_file(tmp_path, open_folder):
     for folder, seed in (("x", 0), ("y", 1)):
@@ -238,6 +242,20 @@ def test_two_processes_may_build_at_once(tmp_path, open_folder):
     (cached,) = (tmp_path / "cache").iterdir()
     np.testing.assert_array_equal(np.load(cached), frames)
     np.testing.assert_array_equal(open_folder(path)[0].frames, frames)
+
+
+def test_a_finished_cache_file_is_not_replaced(tmp_path, open_folder, monkeypatch):
+    path = write_video(tmp_path / "a.mkv", random_frames(9, 24, 32))
+    finished = []
+
+    def another_is_faster():
+        monkeypatch.undo()
+        open_folder(path)
+        finished.extend(file.stat().st_ino for file in (tmp_path / "cache").glob("*.npy"))
+
+    monkeypatch.setattr(frame_cache, "_decoded_images", frame_cache._decoded_images)
+    build_interrupted(path, tmp_path / "cache", another_is_faster)
+    assert [file.stat().st_ino for file in (tmp_path / "cache").iterdir()] == finished != []
 
 
 @pytest.mark.parametrize("name", BAD_FILES)

@@ -1,0 +1,104 @@
+"""Megatron's flags for a training script, and how they agree with a ds_config.
+
+A flag fills in what the ds_config leaves out. A value given in both must be the same: one source of truth.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any, NoReturn
+
+from megatron_dsp import config as configs
+from megatron_dsp.errors import UsageError
+
+# flag -> where the same value stands in a ds_config
+_CONFIG_KEYS: dict[str, tuple[str, ...]] = {
+    "tensor_model_parallel_size": ("mesh", "tensor"),
+    "pipeline_model_parallel_size": ("mesh", "pipe"),
+    "dynamic_sequence_parallel_size": ("sequence_parallel", "size"),
+    "micro_batch_size": ("train_micro_batch_size_per_gpu",),
+    "global_batch_size": ("train_batch_size",),
+    "clip_grad": ("gradient_clipping",),
+    "lr": ("optimizer", "params", "lr"),
+    "weight_decay": ("optimizer", "params", "weight_decay"),
+}
+_CLIENT_OPTIMIZER = ("lr", "weight_decay")
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(f"{message} (see {self.prog} --help)")
+
+
+def parser(description: str) -> argparse.ArgumentParser:
+    """A parser with the flags that every training script has; a script adds its own. A wrong flag is a UsageError."""
+    arguments = _Parser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False)
+    add = arguments.add_argument
+    # The deepspeed launcher passes it; launch.py knows better.
+    add("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
+    add("--deepspeed_config", "--deepspeed-config", type=Path, help="the ds_config: ZeRO, precision, our own sections")
+
+    group = arguments.add_argument_group("degrees (data fills the world)")
+    group.add_argument("--tensor-model-parallel-size", type=int)
+    group.add_argument("--pipeline-model-parallel-size", type=int)
+    group.add_argument("--dynamic-sequence-parallel-size", type=int)
+
+    group = arguments.add_argument_group("training")
+    group.add_argument("--micro-batch-size", type=int, help="samples a data rank and micro-batch")
+    group.add_argument("--global-batch-size", type=int, help="samples a step, counted once for a sequence group")
+    group.add_argument("--train-iters", type=int, default=100)
+    group.add_argument("--lr", type=float, help="default: 1e-4")
+    group.add_argument("--min-lr", type=float, default=0.0)
+    group.add_argument("--lr-warmup-iters", type=int, default=0)
+    group.add_argument("--weight-decay", type=float, help="default: 0.01")
+    group.add_argument("--adam-beta1", type=float, default=0.9)
+    group.add_argument("--adam-beta2", type=float, default=0.999)
+    group.add_argument("--adam-eps", type=float, default=1e-8)
+    group.add_argument("--clip-grad", type=float, help="largest global gradient norm; default: no clipping")
+    group.add_argument("--seed", type=int, default=1234)
+
+    group = arguments.add_argument_group("checkpoints, validation, logging")
+    group.add_argument("--save", type=Path, help="folder to save checkpoints in")
+    group.add_argument("--save-interval", type=int, help="iterations between checkpoints; default: only at the end")
+    group.add_argument("--load", type=Path, help="folder to resume from, at the same degrees and ZeRO stage")
+    group.add_argument("--eval-interval", type=int, default=1000)
+    group.add_argument("--eval-iters", type=int, default=1, help="global batches of a validation; 0: none")
+    group.add_argument("--log-interval", type=int, default=10)
+    group.add_argument("--tensorboard-dir", type=Path)
+    return arguments
+
+
+def settings(arguments: argparse.Namespace) -> configs.Config:
+    """The ds_config of a run: the file's, with what the flags add. Errors: UsageError for what does not agree."""
+    raw: dict[str, Any] = configs.read(arguments.deepspeed_config) if arguments.deepspeed_config else {}
+    for flag, path in _CONFIG_KEYS.items():
+        value = getattr(arguments, flag)
+        if value is None or (flag in _CLIENT_OPTIMIZER and "optimizer" not in raw):
+            continue
+        section = raw
+        for key in path[:-1]:
+            section = section.setdefault(key, {})
+            if not isinstance(section, dict):
+                raise UsageError(f"config key {'.'.join(path[:-1])}={section!r} must be a section: {{...}}")
+        given = section.setdefault(path[-1], value)
+        if given != value:
+            raise UsageError(
+                f"--{flag.replace('_', '-')} {value} and {'.'.join(path)}={given!r} of the ds_config disagree; "
+                "give one of them, or the same value"
+            )
+    for flag in ("train_iters", "log_interval", "eval_interval", "save_interval"):
+        value = getattr(arguments, flag)
+        if value is not None and value < 1:
+            raise UsageError(f"--{flag.replace('_', '-')} {value}: must be at least 1")
+    return configs.load(raw)
+
+
+def show(arguments: argparse.Namespace, file: Any = sys.stdout) -> None:
+    """Print all arguments, as Megatron does at start-up."""
+    print("------------------------ arguments ------------------------", file=file)
+    for name, value in sorted(vars(arguments).items()):
+        if name != "local_rank":
+            print(f"  {name} {'.' * (48 - len(name))} {value}", file=file)
+    print("-------------------- end of arguments ---------------------", file=file, flush=True)

@@ -1,0 +1,184 @@
+"""The training loop: iterations of micro-batches through a DeepSpeed engine, with everything that goes with them."""
+
+from __future__ import annotations
+
+import argparse
+import resource
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from megatron_dsp.mesh import Mesh
+from megatron_dsp.reshard import ledger
+from megatron_dsp.training import checkpointing
+from megatron_dsp.training.checkpointing import Progress
+from megatron_dsp.training.log import TrainingLog
+
+
+class Workload(Protocol):
+    """What the loop must know of a model and its data.
+
+    A sample is a position in an endless stream. All ranks of a sequence group are asked for the same positions, and their
+    losses are averaged over data x sequence (``dsp.mean_loss`` gives such a loss).
+    """
+
+    def loss(self, model: nn.Module, samples: list[int]) -> Tensor:
+        """The loss of training samples."""
+
+    def validation_loss(self, model: nn.Module, samples: list[int]) -> Tensor:
+        """The loss of validation samples."""
+
+
+def train(engine: Any, workload: Workload, mesh: Mesh, arguments: argparse.Namespace, log: TrainingLog) -> Progress:
+    """Train for ``arguments.train_iters`` iterations; return how far it came.
+
+    Iteration i takes samples ``i * global batch ...``, whatever the degrees. Resumes from ``arguments.load``; saves to
+    ``arguments.save`` every ``save_interval`` iterations and at the end. On SIGTERM (a scheduler's warning) all ranks
+    finish the iteration together, save, and return.
+    """
+    progress = checkpointing.load(engine, arguments.load, mesh) if arguments.load else Progress()
+    if arguments.load:
+        log.message(f"resumed from {arguments.load} at iteration {progress.iteration}")
+    saved = progress.iteration if arguments.load == arguments.save else None
+    started, first = time.perf_counter(), progress.iteration
+    interval_loss, interval_start, interval_first = torch.zeros((), device=mesh.device), started, progress.iteration
+
+    with _stop_signal() as stop, ledger() as moved:
+        while progress.iteration < arguments.train_iters:
+            engine.train()
+            for samples in _micro_batches(engine, mesh, progress.consumed_samples):
+                loss = workload.loss(engine, samples)
+                engine.backward(loss)
+                engine.step()
+                interval_loss += loss.detach() / engine.gradient_accumulation_steps()
+            progress.iteration += 1
+            progress.consumed_samples += engine.train_batch_size()
+            log.advance(progress.iteration)
+            stopping = _any_rank(stop.received)
+
+            last = stopping or progress.iteration == arguments.train_iters
+            if progress.iteration % arguments.log_interval == 0 or last:
+                count = progress.iteration - interval_first
+                values = {"learning rate": engine.get_lr()[0], "loss": _average(interval_loss / count, mesh)}
+                values |= _engine_values(engine)
+                now = time.perf_counter()
+                log.iteration(
+                    progress.iteration,
+                    consumed_samples=progress.consumed_samples,
+                    milliseconds=(now - interval_start) * 1000 / count,
+                    batch=engine.train_batch_size(),
+                    values=values,
+                )
+                interval_loss.zero_()
+                interval_first, interval_start = progress.iteration, now
+            if arguments.eval_iters and (progress.iteration % arguments.eval_interval == 0 or last):
+                _validate(engine, workload, mesh, arguments.eval_iters, progress, log)
+            if arguments.save and arguments.save_interval and progress.iteration % arguments.save_interval == 0:
+                saved = _save(engine, mesh, arguments, progress, log)
+            if stopping:
+                log.message(f"SIGTERM: stopping after iteration {progress.iteration}")
+                break
+
+    seconds, iterations = time.perf_counter() - started, progress.iteration - first
+    if arguments.save and saved != progress.iteration:
+        _save(engine, mesh, arguments, progress, log)
+    _summarise(iterations, iterations * engine.train_batch_size(), seconds, moved.by("operation"), mesh, log)
+    return progress
+
+
+def _micro_batches(engine: Any, mesh: Mesh, start: int) -> Iterator[list[int]]:
+    """This data rank's sample positions in each micro-batch of the global batch that begins at ``start``."""
+    micro, data, rank = engine.train_micro_batch_size_per_gpu(), mesh.size("data"), mesh.rank("data")
+    for step in range(engine.gradient_accumulation_steps()):
+        first = start + (step * data + rank) * micro
+        yield list(range(first, first + micro))
+
+
+def _validate(engine: Any, workload: Workload, mesh: Mesh, batches: int, progress: Progress, log: TrainingLog) -> None:
+    """The loss over the same validation samples each time."""
+    engine.eval()
+    total, count = torch.zeros((), device=mesh.device), 0
+    with torch.no_grad():
+        for batch in range(batches):
+            for samples in _micro_batches(engine, mesh, batch * engine.train_batch_size()):
+                total += workload.validation_loss(engine, samples)
+                count += 1
+    value = _average(total / count, mesh)
+    log.message(f" validation loss at iteration {progress.iteration} | loss: {value:.6E} |")
+    log.scalars(progress.iteration, {"validation loss": value})
+
+
+def _save(engine: Any, mesh: Mesh, arguments: argparse.Namespace, progress: Progress, log: TrainingLog) -> int:
+    checkpointing.save(engine, arguments.save, progress, mesh)
+    log.message(f" saved checkpoint at iteration {progress.iteration} to {arguments.save}")
+    return progress.iteration
+
+
+def _average(value: Tensor, mesh: Mesh) -> float:
+    """The average over data x sequence, as gradients are averaged. Waits for the device."""
+    group = mesh.group("data", "sequence")
+    value = value.clone()
+    dist.all_reduce(value, group=group)
+    return value.item() / group.size()
+
+
+def _engine_values(engine: Any) -> dict[str, float]:
+    """What the engine knows of the last step. In ZeRO stage 0 DeepSpeed reports no gradient norm."""
+    values = {}
+    norm = engine.get_global_grad_norm()
+    if norm is not None:
+        values["grad norm"] = float(norm)
+    if engine.fp16_enabled():
+        values["loss scale"] = float(engine.optimizer.cur_scale)
+    return values
+
+
+class _Stop:
+    received = False
+
+
+@contextmanager
+def _stop_signal() -> Iterator[_Stop]:
+    """Note a SIGTERM instead of dying of it."""
+    stop = _Stop()
+
+    def note(*_: Any) -> None:
+        stop.received = True
+
+    before = signal.signal(signal.SIGTERM, note)
+    try:
+        yield stop
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _any_rank(flag: bool) -> bool:
+    """Whether any rank's flag is set: launchers signal the ranks one after another. On the CPU, without waiting for a GPU."""
+    flags = torch.tensor([int(flag)])
+    dist.all_reduce(flags, op=dist.ReduceOp.MAX)
+    return bool(flags.item())
+
+
+def _summarise(
+    iterations: int, samples: int, seconds: float, moved: dict[str, tuple[int, int]], mesh: Mesh, log: TrainingLog
+) -> None:
+    """Samples a second, switch bytes a step, and the largest peak memory of any rank."""
+    if not iterations:
+        return
+    switched = torch.tensor(float(sum(sent for name, (_, sent) in moved.items() if name.startswith("switch"))))
+    if mesh.device.type == "cuda":
+        peak = torch.tensor(float(torch.cuda.max_memory_allocated()))
+    else:
+        peak = torch.tensor(float(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024))
+    dist.all_reduce(switched, op=dist.ReduceOp.MAX)
+    dist.all_reduce(peak, op=dist.ReduceOp.MAX)
+    log.message(
+        f"summary: {iterations} iterations in {seconds:.1f} s | samples a second: {samples / seconds:.2f} | "
+        f"switch bytes a step and rank: {switched.item() / iterations:,.0f} | peak memory a rank: {peak.item() / 2**20:,.0f} MiB"
+    )
