@@ -9,7 +9,7 @@ import difflib
 import json
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -40,7 +40,7 @@ class Overlap(_Section):
     """Overlap of reshards with compute."""
 
     enabled: bool | Literal["auto"] = "auto"
-    chunks: int | Literal["auto"] = "auto"
+    chunks: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
 
 
 class SequenceParallel(_Section):
@@ -136,7 +136,7 @@ def load(config: str | Path | dict[str, Any] | Config) -> Config:
         raise UsageError('gradient_allreduce_op must be "mean": gradients are averaged over data x sequence; remove it')
     sections = ("sequence_parallel", "mesh")
     for key in raw:
-        near = difflib.get_close_matches(key, sections, n=1, cutoff=0.8)
+        near = difflib.get_close_matches(str(key).lower(), sections, n=1, cutoff=0.8)
         if near and key not in sections:
             raise UsageError(f"unknown config section {key!r}; did you mean {near[0]!r}?")
     sequence_parallel = _section(raw, "sequence_parallel", SequenceParallel)
@@ -148,7 +148,7 @@ def load(config: str | Path | dict[str, Any] | Config) -> Config:
 def read(path: Path) -> dict[str, Any]:
     """The JSON object in a ds_config file. Errors: UsageError where there is none."""
     try:
-        raw = json.loads(path.read_text())
+        raw = json.loads(path.read_text(), object_pairs_hook=lambda pairs: _without_duplicates(path, pairs))
     except FileNotFoundError:
         raise UsageError(f"config file {path} does not exist; give the path of a ds_config JSON file, or a dict") from None
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
@@ -156,6 +156,16 @@ def read(path: Path) -> dict[str, Any]:
     if not isinstance(raw, dict):
         raise UsageError(f"config file {path} holds a JSON {type(raw).__name__}; a ds_config is an object {{...}}")
     return raw
+
+
+def _without_duplicates(path: Path, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """As DeepSpeed refuses them in the files that it reads itself."""
+    section = dict(pairs)
+    if len(section) < len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise UsageError(f"config file {path} gives the key {twice!r} twice in one section; keep one of them")
+    return section
 
 
 def _section(raw: dict[str, Any], name: str, model: type[_Section]) -> Any:
@@ -169,17 +179,21 @@ def _section(raw: dict[str, Any], name: str, model: type[_Section]) -> Any:
 
 
 def _usage_error(error: ValidationError, prefix: str, model: type[BaseModel]) -> UsageError:
-    """The first of pydantic's findings, as one line."""
-    finding = error.errors()[0]
-    # A union's finding names the branch after the key; the key itself is what the user wrote.
-    path = [str(part) for part in finding["loc"] if str(part) not in ("bool", "int", "str") and "literal" not in str(part)]
-    key = prefix + ".".join(path)
+    """The first of pydantic's findings, as one line; all of them where a key may be of several kinds."""
+    finding, *others = error.errors()
+    path = [str(part) for part in finding["loc"]]
     if finding["type"] == "extra_forbidden":
+        key = repr(prefix + ".".join(path))[1:-1]  # a key may hold anything, and the message is one line
         known = list((Overlap if path[0] == "overlap" and len(path) > 1 else model).model_fields)
         near = difflib.get_close_matches(path[-1], known, n=1, cutoff=0.5)
         hint = f"did you mean {near[0]!r}?" if near else "remove it"
         return UsageError(f"unknown config key {key}; {hint} (known: {', '.join(known)})")
-    return UsageError(f"config key {key}={finding['input']!r}: {finding['msg'].lower()}")
+    # A union's findings name the branch after the key; the key itself is what the user wrote.
+    path = path[: 2 if path[0] == "overlap" else 1]
+    same = [other["msg"].lower() for other in others if list(map(str, other["loc"]))[: len(path)] == path]
+    return UsageError(
+        f"config key {prefix}{'.'.join(path)}={finding['input']!r}: {' or '.join([finding['msg'].lower(), *same])}"
+    )
 
 
 def _refuse_what_is_not_built(section: SequenceParallel) -> None:

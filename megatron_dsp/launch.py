@@ -14,26 +14,39 @@ The innermost launcher comes first, so that variables inherited from an outer on
 
 from __future__ import annotations
 
+import atexit
 import gc
 import logging
 import os
 import re
 import socket
 import sys
+import time
 import traceback
 import zlib
 from collections.abc import Callable, Mapping, MutableMapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import NoReturn
 
 import torch
 import torch.distributed as dist
 
-from megatron_dsp.errors import UsageError
+from megatron_dsp.errors import RankError, UsageError
 
 _DEEPSPEED_DEFAULT_PORT = "29500"
 _MPI_SIZE_VARIABLES = ("OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE", "MPI_LOCALNRANKS")
+_MPI_LOCAL_RANK_VARIABLES = ("OMPI_COMM_WORLD_LOCAL_RANK", "MV2_COMM_WORLD_LOCAL_RANK", "MPI_LOCALRANKID")
 _LOST_PEER = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Connection refused")
+_RANK_VARIABLES = {
+    "torchrun": ("RANK",),
+    "deepspeed": ("RANK",),
+    "mpirun": ("OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK", "PMI_RANK"),
+    "environment": ("RANK",),
+    "srun": ("SLURM_PROCID",),
+    "alone": (),
+}
+_SECONDS_FOR_RANK_0 = 3  # that the others leave it to print an error that all ranks have
 
 
 @dataclass(frozen=True)
@@ -55,17 +68,30 @@ def discover(environ: Mapping[str, str] | None = None) -> Process:
     or where mpirun and mpi4py belong to different MPIs.
     """
     environ = os.environ if environ is None else environ
-    if "TORCHELASTIC_RUN_ID" in environ:
-        return _from_rank_variables(environ, "torchrun")
-    if "CROSS_RANK" in environ and "LOCAL_SIZE" in environ:
-        return _from_deepspeed(environ)
-    if any(name in environ for name in _MPI_SIZE_VARIABLES):
-        return _from_mpi(environ)
-    if all(name in environ for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")):
-        return _from_rank_variables(environ, "environment")
-    if int(environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
-        return _from_slurm(environ)
+    match _launcher(environ):
+        case "torchrun" | "environment" as launcher:
+            return _from_rank_variables(environ, launcher)
+        case "deepspeed":
+            return _from_deepspeed(environ)
+        case "mpirun":
+            return _from_mpi(environ)
+        case "srun":
+            return _from_slurm(environ)
     return Process(rank=0, world_size=1, local_rank=0, launcher="alone")
+
+
+def _launcher(environ: Mapping[str, str]) -> str:
+    if "TORCHELASTIC_RUN_ID" in environ:
+        return "torchrun"
+    if "CROSS_RANK" in environ and "LOCAL_SIZE" in environ:
+        return "deepspeed"
+    if any(name in environ for name in _MPI_SIZE_VARIABLES):
+        return "mpirun"
+    if all(name in environ for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")):
+        return "environment"
+    if environ.get("SLURM_STEP_NUM_TASKS", "1") != "1":
+        return "srun"
+    return "alone"
 
 
 def start(device_type: str | None = None) -> Process:
@@ -79,7 +105,7 @@ def start(device_type: str | None = None) -> Process:
         device_type = "cuda" if torch.cuda.is_available() else "cpu"
     if device_type == "cuda":
         if process.local_rank >= torch.cuda.device_count():
-            raise UsageError(
+            raise RankError(
                 f"local rank {process.local_rank} has no GPU: this host shows {torch.cuda.device_count()}; "
                 "start at most one process a GPU, or hide the GPUs (CUDA_VISIBLE_DEVICES=) to run on CPU"
             )
@@ -95,6 +121,8 @@ def start(device_type: str | None = None) -> Process:
         rank=process.rank if store is not None else -1,
         world_size=process.world_size if store is not None else -1,
     )
+    # For scripts that do not end through `run`: without it Gloo's threads abort some of their exits.
+    atexit.register(_destroy_groups)
     return process
 
 
@@ -109,6 +137,7 @@ def run(main: Callable[[], int | None]) -> NoReturn:
     """
     try:
         status = main() or 0
+        sys.stdout.flush()
     except SystemExit as exit_:
         status = _status_of(exit_)
     except KeyboardInterrupt:
@@ -123,8 +152,9 @@ def run(main: Callable[[], int | None]) -> NoReturn:
         _report(error)
         status = 1
     logging.shutdown()
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError):
+            stream.flush()
     _leave_mpi(status)
     os._exit(status)
 
@@ -133,6 +163,11 @@ def finish() -> None:
     """Wait for all ranks, then destroy all process groups. Call it last, on every rank; ``run`` does."""
     if dist.is_initialized():
         dist.barrier()
+    _destroy_groups()
+
+
+def _destroy_groups() -> None:
+    if dist.is_initialized():
         dist.destroy_process_group()
     gc.collect()
 
@@ -145,18 +180,35 @@ def _status_of(exit_: SystemExit) -> int:
 
 
 def _report(error: Exception) -> None:
-    rank = dist.get_rank() if dist.is_initialized() else int(os.environ.get("RANK", "0"))
+    rank = _rank_to_show()
     prefix = f"[rank {rank} on {socket.gethostname()}]"
-    if isinstance(error, UsageError):
-        if rank == 0:
+    if isinstance(error, RankError):
+        print(f"{prefix} error: {error}", file=sys.stderr)
+    elif isinstance(error, UsageError):
+        if rank == "0":
             print(f"error: {error}", file=sys.stderr)
-    elif any(sign in str(error) for sign in _LOST_PEER):
+        else:
+            # Where a rank ends, launchers end the others at once: rank 0 might not have come to print it.
+            time.sleep(_SECONDS_FOR_RANK_0)
+    elif _has_peers() and isinstance(error, RuntimeError) and any(sign in str(error) for sign in _LOST_PEER):
         print(f"{prefix} stopped: another rank ended first, and its own error says why", file=sys.stderr)
     elif isinstance(error, OSError | ValueError) and error.__class__.__module__.startswith("megatron_dsp"):
         print(f"{prefix} error: {error}", file=sys.stderr)
     else:
         # One write, so that the tracebacks of several ranks do not interleave.
         sys.stderr.write(f"{prefix} failed:\n{''.join(traceback.format_exception(error))}")
+
+
+def _rank_to_show() -> str:
+    """This process's rank, as its launcher's variables have it where torch.distributed has not started."""
+    if dist.is_initialized():
+        return str(dist.get_rank())
+    names = _RANK_VARIABLES[_launcher(os.environ)]
+    return next((os.environ[name] for name in names if name in os.environ), "0")
+
+
+def _has_peers() -> bool:
+    return dist.is_initialized() and dist.get_world_size() > 1
 
 
 def _leave_mpi(status: int) -> None:
@@ -198,32 +250,39 @@ def _export(process: Process, environ: MutableMapping[str, str]) -> None:
     environ["RANK"] = str(process.rank)
     environ["WORLD_SIZE"] = str(process.world_size)
     environ["LOCAL_RANK"] = str(process.local_rank)
+    if "OMPI_COMM_WORLD_LOCAL_RANK" in environ:  # inherited by a torchrun within an mpirun; DeepSpeed compares the two
+        environ["OMPI_COMM_WORLD_LOCAL_RANK"] = str(process.local_rank)
     environ["MASTER_ADDR"] = process.master_addr
     environ["MASTER_PORT"] = str(process.master_port or _DEEPSPEED_DEFAULT_PORT)
 
 
-def _integer(environ: Mapping[str, str], name: str, launcher: str) -> int:
-    try:
-        return int(environ[name])
-    except (KeyError, ValueError):
-        raise UsageError(
-            f"{launcher} started this process, but {name}={environ.get(name)!r} is not a number; "
+def _integer(environ: Mapping[str, str], name: str, launcher: str, most: int = 2**31 - 1) -> int:
+    value = environ.get(name)
+    if value is None or not value.isdecimal() or int(value) > most:
+        raise RankError(
+            f"{launcher} started this process, but {name}={value!r} is not a number in 0..{most}; "
             "start the job again through its launcher, or set RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT"
-        ) from None
+        )
+    return int(value)
+
+
+def _rank_and_size(environ: Mapping[str, str], launcher: str, rank_name: str, size_name: str) -> tuple[int, int]:
+    rank, size = _integer(environ, rank_name, launcher), _integer(environ, size_name, launcher)
+    if rank >= size:
+        raise RankError(f"{rank_name}={rank} must lie in 0..{size_name}-1, and {size_name}={size}; set both")
+    return rank, size
 
 
 def _from_rank_variables(environ: Mapping[str, str], launcher: str) -> Process:
-    rank, world_size = _integer(environ, "RANK", launcher), _integer(environ, "WORLD_SIZE", launcher)
-    if not 0 <= rank < world_size:
-        raise UsageError(f"RANK={rank} must lie in 0..WORLD_SIZE-1, and WORLD_SIZE={world_size}; set both")
+    rank, world_size = _rank_and_size(environ, launcher, "RANK", "WORLD_SIZE")
     return Process(
         rank=rank,
         world_size=world_size,
         # Without LOCAL_RANK (variables set by hand, one process a host is common) the first device is meant.
-        local_rank=int(environ.get("LOCAL_RANK", "0")),
+        local_rank=_integer(environ, "LOCAL_RANK", launcher) if "LOCAL_RANK" in environ else 0,
         launcher=launcher,
         master_addr=environ.get("MASTER_ADDR", "127.0.0.1"),
-        master_port=_integer(environ, "MASTER_PORT", launcher),
+        master_port=_integer(environ, "MASTER_PORT", launcher, most=65535),
     )
 
 
@@ -253,7 +312,9 @@ def _from_mpi(environ: Mapping[str, str]) -> Process:
             "use the mpirun of the MPI that mpi4py loads, or reinstall mpi4py for this one"
         )
     on_host = world.Split_type(MPI.COMM_TYPE_SHARED)
-    local_rank, on_one_host = on_host.rank, on_host.size == world.size
+    # The launcher's own numbering, where it tells it: DeepSpeed insists on it.
+    local_rank = next((int(environ[name]) for name in _MPI_LOCAL_RANK_VARIABLES if name in environ), on_host.rank)
+    on_one_host = on_host.size == world.size
     on_host.Free()
     # MASTER_ADDR, where the user exports it, chooses the network that the ranks meet on.
     address = environ.get("MASTER_ADDR") or ("127.0.0.1" if on_one_host else socket.gethostname())
@@ -262,22 +323,24 @@ def _from_mpi(environ: Mapping[str, str]) -> Process:
 
 def _from_slurm(environ: Mapping[str, str]) -> Process:
     job = f"{environ.get('SLURM_JOB_ID')}.{environ.get('SLURM_STEP_ID')}"
+    rank, world_size = _rank_and_size(environ, "srun", "SLURM_PROCID", "SLURM_STEP_NUM_TASKS")
+    given = _integer(environ, "MASTER_PORT", "srun", most=65535) if environ.get("MASTER_PORT") else None
     return Process(
-        rank=_integer(environ, "SLURM_PROCID", "srun"),
-        world_size=_integer(environ, "SLURM_STEP_NUM_TASKS", "srun"),
+        rank=rank,
+        world_size=world_size,
         local_rank=_integer(environ, "SLURM_LOCALID", "srun"),
         launcher="srun",
         master_addr=environ.get("MASTER_ADDR") or _first_host(environ.get("SLURM_STEP_NODELIST", "127.0.0.1")),
-        master_port=int(environ.get("MASTER_PORT") or _port_of(f"slurm {job}")),
+        master_port=_port_of(f"slurm {job}") if given is None else given,
     )
 
 
 def _first_host(nodes: str) -> str:
     """The first host of a Slurm host list: ``gpu[003-007,9],login`` -> ``gpu003``."""
-    match = re.match(r"([^\[,]+)(?:\[(\w+)[^\]]*\]([^,\[]*))?", nodes)
+    match = re.match(r"(?:[^\[\],]|\[\w[^\[\]]*\])+", nodes)
     if match is None:
         raise UsageError(f"SLURM_STEP_NODELIST={nodes!r} is not a Slurm host list; set MASTER_ADDR")
-    return "".join(part or "" for part in match.groups())
+    return re.sub(r"\[(\w+)[^\]]*\]", r"\1", match.group())
 
 
 def _port_of(job: str) -> int:

@@ -6,7 +6,6 @@ A flag fills in what the ds_config leaves out. A value given in both must be the
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -25,19 +24,39 @@ _CONFIG_KEYS: dict[str, tuple[str, ...]] = {
     "weight_decay": ("optimizer", "params", "weight_decay"),
 }
 _CLIENT_OPTIMIZER = ("lr", "weight_decay")
+_LEAST = {
+    "train_iters": 1,
+    "log_interval": 1,
+    "eval_interval": 1,
+    "save_interval": 1,
+    "eval_iters": 0,
+    "lr_warmup_iters": 0,
+    "seed": 0,
+}
 
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        raise UsageError(f"{message} (see {self.prog} --help)")
+        raise UsageError(f"{' '.join(message.split())} (see {self.prog} --help)")
+
+
+class _Formatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Shows every default but None, of arguments without a help text too."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        if action.default is None:
+            return action.help
+        return super()._get_help_string(action)
 
 
 def parser(description: str) -> argparse.ArgumentParser:
     """A parser with the flags that every training script has; a script adds its own. A wrong flag is a UsageError."""
-    arguments = _Parser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False)
+    arguments = _Parser(description=description, formatter_class=_Formatter, allow_abbrev=False)
     add = arguments.add_argument
     # The deepspeed launcher passes it; launch.py knows better.
     add("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
+    # Scripts of DeepSpeed's tutorials are started with it; here DeepSpeed always runs.
+    add("--deepspeed", action="store_true", help=argparse.SUPPRESS)
     add("--deepspeed_config", "--deepspeed-config", type=Path, help="the ds_config: ZeRO, precision, our own sections")
 
     group = arguments.add_argument_group("degrees (data fills the world)")
@@ -48,7 +67,7 @@ def parser(description: str) -> argparse.ArgumentParser:
     group = arguments.add_argument_group("training")
     group.add_argument("--micro-batch-size", type=int, help="samples a data rank and micro-batch")
     group.add_argument("--global-batch-size", type=int, help="samples a step, counted once for a sequence group")
-    group.add_argument("--train-iters", type=int, default=100)
+    group.add_argument("--train-iters", type=int, default=100, help="iterations of the run")
     group.add_argument("--lr", type=float, help="default: 1e-4")
     group.add_argument("--min-lr", type=float, default=0.0)
     group.add_argument("--lr-warmup-iters", type=int, default=0)
@@ -88,15 +107,15 @@ def settings(arguments: argparse.Namespace) -> configs.Config:
                 f"--{flag.replace('_', '-')} {value} and {'.'.join(path)}={given!r} of the ds_config disagree; "
                 "give one of them, or the same value"
             )
-    for flag in ("train_iters", "log_interval", "eval_interval", "save_interval"):
+    for flag, least in _LEAST.items():
         value = getattr(arguments, flag)
-        if value is not None and value < 1:
-            raise UsageError(f"--{flag.replace('_', '-')} {value}: must be at least 1")
+        if value is not None and value < least:
+            raise UsageError(f"--{flag.replace('_', '-')} {value}: must be at least {least}")
     return configs.load(raw)
 
 
-def show(arguments: argparse.Namespace, file: Any = sys.stdout) -> None:
-    """Print all arguments, as Megatron does at start-up."""
+def show(arguments: argparse.Namespace, file: Any = None) -> None:
+    """Print all arguments, as Megatron does at start-up. ``file`` None: standard output."""
     print("------------------------ arguments ------------------------", file=file)
     for name, value in sorted(vars(arguments).items()):
         if name != "local_rank":

@@ -19,7 +19,7 @@ class TrainingLog:
         self._total = total
         self._bar: Progress | None = None
         self._writer: Any = None
-        if self._shows and sys.stdout.isatty():
+        if self._shows and sys.stdin.isatty() and sys.stdout.isatty():  # mpirun gives its ranks a terminal for stdout alone
             self._bar = Progress(
                 TextColumn("iteration"),
                 MofNCompleteColumn(),

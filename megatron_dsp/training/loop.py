@@ -52,6 +52,7 @@ def train(engine: Any, workload: Workload, mesh: Mesh, arguments: argparse.Names
     with _stop_signal() as stop, ledger() as moved:
         while progress.iteration < arguments.train_iters:
             engine.train()
+            learning_rate = engine.get_lr()[0]
             for samples in _micro_batches(engine, mesh, progress.consumed_samples):
                 loss = workload.loss(engine, samples)
                 engine.backward(loss)
@@ -65,7 +66,7 @@ def train(engine: Any, workload: Workload, mesh: Mesh, arguments: argparse.Names
             last = stopping or progress.iteration == arguments.train_iters
             if progress.iteration % arguments.log_interval == 0 or last:
                 count = progress.iteration - interval_first
-                values = {"learning rate": engine.get_lr()[0], "loss": _average(interval_loss / count, mesh)}
+                values = {"learning rate": learning_rate, "loss": _average(interval_loss / count, mesh)}
                 values |= _engine_values(engine)
                 now = time.perf_counter()
                 log.iteration(

@@ -40,6 +40,6 @@ def warmup_cosine(optimizer: torch.optim.Optimizer, *, lr: float, min_lr: float,
         if iteration < warmup:
             return (iteration + 1) / warmup
         progress = min(1.0, (iteration - warmup) / max(1, total - warmup))
-        return (min_lr + (lr - min_lr) * (1 + math.cos(math.pi * progress)) / 2) / lr
+        return (min_lr + (lr - min_lr) * (1 + math.cos(math.pi * progress)) / 2) / lr if lr else 0.0
 
     return LambdaLR(optimizer, factor)

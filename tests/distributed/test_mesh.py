@@ -41,7 +41,7 @@ def _groups(given: dict[str, int], degrees: dict[str, int]) -> None:
         assert dist.get_process_group_ranks(group) == members
         assert _sum_of_ranks(group) == sum(members)
     for axes in [("time",), (), ("data", "data"), ("tensor", "sequence")]:
-        with pytest.raises(dsp.UsageError, match="a mesh has no group over .*data, sequence"):
+        with pytest.raises(dsp.UsageError, match=r"a mesh has no group over .*data, sequence"):
             mesh.group(*axes)
     with pytest.raises(dsp.UsageError, match="no group"):
         mesh.size("time")
@@ -122,7 +122,7 @@ def test_initialize_makes_one_current_mesh(ranks):
 
 
 def _does_not_fit() -> None:
-    with pytest.raises(dsp.UsageError, match="world size 3 .*= 2"):
+    with pytest.raises(dsp.UsageError, match=r"world size 3 .*= 2"):
         dsp.initialize({"sequence_parallel": {"size": 2}})
     assert _sum_of_ranks(dist.group.WORLD) == 3  # nobody hangs, and a right call works
     assert dsp.initialize({"sequence_parallel": {"size": 3}}).size("sequence") == 3

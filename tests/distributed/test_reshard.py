@@ -67,7 +67,7 @@ def _move(shape, gather, split, dtype, storage, seed):
     assert y.shape == whole.tensor_split(size, split)[rank].shape
     assert back.shape == whole.shape
     assert torch.equal(_bits(back), _bits(whole))
-    sent = dict((operation, sent) for operation, (_, sent) in moved.by("operation").items())
+    sent = {operation: sent for operation, (_, sent) in moved.by("operation").items()}
     own = dsp.shard_sizes(shape[gather], size)[rank], dsp.shard_sizes(shape[split], size)[rank]
     others = torch.Size(s for dim, s in enumerate(shape) if dim not in (gather % len(shape), split % len(shape))).numel()
     expected = own[0] * others * (shape[split] - own[1]) * whole.element_size()

@@ -203,6 +203,7 @@ CASES = {
     "usage, stale RANK": ("raise UsageError('size=3: must be even')", {"RANK": "2"}),
     "impossible RANK": ("launch.discover()", BY_HAND | {"RANK": "x"}),
     "RANK beyond the world": ("launch.discover()", BY_HAND | {"RANK": "2"}),
+    "no GPU": ("launch.start('cuda')", TORCHRUN | {"LOCAL_RANK": "2", "CUDA_VISIBLE_DEVICES": ""}),
     "refused": ("raise ConnectionRefusedError(111, 'Connection refused')", {}),
     "output closed": (BROKEN_PIPE, {}),
     "mpirun": ("print(launch.discover().launcher, launch.discover().world_size)", BY_HAND | {"OMPI_COMM_WORLD_SIZE": "1"}),
@@ -266,6 +267,14 @@ def test_run_shows_a_wrong_rank_in_one_line(ended, case):
     assert "error: " in err
     assert "RANK=" in err
     assert "Traceback" not in err
+    assert err.count("\n") == 1
+
+
+def test_run_shows_what_one_rank_alone_may_see(ended):
+    status, _, err = ended["no GPU"]
+    assert status == 1
+    assert "rank 5" in err
+    assert "local rank 2 has no GPU" in err
     assert err.count("\n") == 1
 
 
