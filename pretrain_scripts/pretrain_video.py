@@ -188,7 +188,11 @@ def main() -> None:
             device=mesh.device,
         )
         scheduler = warmup_cosine(
-            optimizer, lr=lr, min_lr=arguments.min_lr, warmup=arguments.lr_warmup_iters, total=arguments.train_iters
+            optimizer,
+            lr=lr,
+            min_lr=arguments.min_lr,
+            warmup=arguments.lr_warmup_iters,
+            total=arguments.lr_decay_iters or arguments.train_iters,
         )
     engine, *_ = dsp.deepspeed_initialize(model=model, optimizer=optimizer, lr_scheduler=scheduler, config=config, mesh=mesh)
 

