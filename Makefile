@@ -1,5 +1,6 @@
-# make pretrain   train a video transformer over two ranks (installs what it needs in .venv)
-# make test       the test suite          make lint   format, lint and types
+# make pretrain   train a video transformer over two ranks (installs what it needs in .venv); ARGS="--train-iters 50" adds flags
+# make test       the test suite; make test-long: what takes many minutes more
+# make lint       format, lint and types
 # make setup      only the installation
 
 PYTHON ?= python3
@@ -24,8 +25,12 @@ $(VENV)/ready: setup.py constraints.txt
 	DS_BUILD_OPS=0 $(BIN)/python -m pip install --quiet -c constraints.txt --no-build-isolation -e ".[video,dev,$(MPI)]"
 	touch $@
 
+# Two ranks in one sequence group: two GPUs where there are two, one rank where there is one, the CPU otherwise.
 pretrain: setup
-	$(BIN)/python pretrain_scripts/demo.py
+	@ranks=$$($(BIN)/python -c 'import torch; print(1 if torch.cuda.device_count() == 1 else 2)') && \
+	set -x && $(BIN)/deepspeed --num_gpus $$ranks pretrain_scripts/pretrain_video.py \
+		--deepspeed_config pretrain_scripts/ds_configs/demo.json --dynamic-sequence-parallel-size $$ranks \
+		--train-iters 300 --lr 2e-3 --lr-warmup-iters 10 --eval-interval 100 --save runs/pretrain_video $(ARGS)
 
 test: setup
 	$(BIN)/python -m pytest

@@ -1,6 +1,6 @@
 """Pretrain a video diffusion transformer with Dynamic Sequence Parallelism.
 
-    deepspeed --num_gpus 2 pretrain_scripts/pretrain_video.py --deepspeed_config pretrain_scripts/ds_configs/cpu_demo.json
+    deepspeed --num_gpus 2 pretrain_scripts/pretrain_video.py --deepspeed_config pretrain_scripts/ds_configs/demo.json
 
 The same script runs under torchrun, mpirun and srun, and alone; see --help, and docs/launching.md.
 """
@@ -121,6 +121,7 @@ class VideoPretraining:
 def _clips(arguments: argparse.Namespace, mesh: dsp.Mesh) -> tuple[Clips, Clips]:
     """Training and validation clips. On each host one rank decodes; the others then find the frames in the cache."""
     if mesh.process.local_rank != 0:
+        logging.getLogger("megatron_dsp").setLevel(logging.ERROR)  # its warnings of bad files are the same
         dist.barrier()
     videos = open_videos(
         arguments.data_path,
