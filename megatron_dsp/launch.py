@@ -104,12 +104,14 @@ def start(device_type: str | None = None) -> Process:
     if device_type is None:
         device_type = "cuda" if torch.cuda.is_available() else "cpu"
     if device_type == "cuda":
-        if process.local_rank >= torch.cuda.device_count():
+        # srun with --gpus-per-task shows each task its own GPU alone.
+        index = 0 if process.launcher == "srun" and torch.cuda.device_count() == 1 else process.local_rank
+        if index >= torch.cuda.device_count():
             raise RankError(
                 f"local rank {process.local_rank} has no GPU: this host shows {torch.cuda.device_count()}; "
                 "start at most one process a GPU, or hide the GPUs (CUDA_VISIBLE_DEVICES=) to run on CPU"
             )
-        torch.cuda.set_device(process.local_rank)
+        torch.cuda.set_device(index)
     if dist.is_initialized():
         return process
     # Stale variables of an outer launcher must not steer torch or DeepSpeed, so all are set from what was found.

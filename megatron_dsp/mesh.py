@@ -31,6 +31,8 @@ class RankGrid:
     """The arithmetic of a mesh for any world size; needs no processes."""
 
     def __init__(self, world_size: int, *, tensor: int = 1, pipe: int = 1, sequence: int = 1, data: int | None = None):
+        if world_size < 1:
+            raise UsageError(f"world size {world_size} must be at least 1")
         degrees = {"tensor": tensor, "pipe": pipe, "sequence": sequence}
         if data is not None:
             degrees["data"] = data

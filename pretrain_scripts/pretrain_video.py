@@ -179,18 +179,17 @@ def main() -> None:
 
     optimizer = scheduler = None
     if "optimizer" not in config.deepspeed:
-        lr = 1e-4 if arguments.lr is None else arguments.lr
         optimizer = adamw(
             model.to(mesh.device).parameters(),
-            lr=lr,
-            weight_decay=0.01 if arguments.weight_decay is None else arguments.weight_decay,
+            lr=arguments.lr,
+            weight_decay=arguments.weight_decay,
             betas=(arguments.adam_beta1, arguments.adam_beta2),
             eps=arguments.adam_eps,
             device=mesh.device,
         )
         scheduler = warmup_cosine(
             optimizer,
-            lr=lr,
+            lr=arguments.lr,
             min_lr=arguments.min_lr,
             warmup=arguments.lr_warmup_iters,
             total=arguments.lr_decay_iters or arguments.train_iters,
@@ -205,7 +204,7 @@ def main() -> None:
             f"accumulation {steps} x data {mesh.size('data')}"
         )
         progress = train(engine, workload, mesh, arguments, log)
-        if arguments.sample_steps:
+        if arguments.sample_steps and progress.iteration >= arguments.train_iters:  # not after a SIGTERM
             engine.eval()
             clips = workload.sample(engine, [0, 1, 2], arguments.sample_steps)
             if rank == 0:

@@ -109,6 +109,7 @@ def _call(rank: int, size: int, store: str, call: bytes) -> Any:
     from megatron_dsp import mesh
 
     torch.set_num_threads(1)
+    torch.manual_seed(0)  # whatever these ranks ran before
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
     dist.init_process_group("gloo", store=dist.FileStore(store, size), rank=rank, world_size=size)
     try:

@@ -74,9 +74,9 @@ class VideoDiTConfig:
             )
 
 
-# 720m and 3b have the sizes, widths and heads of the DSP paper's models (arXiv 2403.10266), for T5-XXL's text tokens of
-# 4096 channels and latents of 4. A layer pair here has two MLPs and two cross-attentions (32 C^2 parameters), where a
-# layer of Open-Sora 1.0 has one of each for both attentions (20 C^2): so these sizes need fewer layers, 17 and 22.
+# 720m and 3b have as many parameters as the models that the DSP paper trains (arXiv 2403.10266), for T5-XXL's text tokens
+# of 4096 channels and latents of 4. A layer pair here has two cross-attentions and two MLPs, 32 C^2 parameters; the depths
+# follow from that.
 PRESETS: dict[str, VideoDiTConfig] = {
     "tiny": VideoDiTConfig(layers=3, hidden=96, heads=4, conditioning_size=32, patch=(1, 4, 4)),
     "720m": VideoDiTConfig(layers=17, hidden=1152, heads=16, conditioning_size=4096, channels=4),

@@ -111,4 +111,5 @@ class Exchange:
 
 
 def _as_bytes(flat: Tensor) -> Tensor:
-    return flat.view(torch.uint8)
+    # A tensor of one element is contiguous with any stride, but only stride 1 can be viewed as bytes.
+    return flat.as_strided(flat.shape, (1,)).view(torch.uint8)

@@ -23,7 +23,17 @@ _CONFIG_KEYS: dict[str, tuple[str, ...]] = {
     "lr": ("optimizer", "params", "lr"),
     "weight_decay": ("optimizer", "params", "weight_decay"),
 }
-_CLIENT_OPTIMIZER = ("lr", "weight_decay")
+# The optimizer and schedule of the script, used where the ds_config has no "optimizer" section of its own.
+_OPTIMIZER_DEFAULTS: dict[str, float | None] = {
+    "lr": 1e-4,
+    "min_lr": 0.0,
+    "lr_warmup_iters": 0,
+    "lr_decay_iters": None,
+    "weight_decay": 0.01,
+    "adam_beta1": 0.9,
+    "adam_beta2": 0.999,
+    "adam_eps": 1e-8,
+}
 _LEAST = {
     "train_iters": 1,
     "log_interval": 1,
@@ -69,16 +79,14 @@ def parser(description: str) -> argparse.ArgumentParser:
     group.add_argument("--micro-batch-size", type=int, help="samples a data rank and micro-batch")
     group.add_argument("--global-batch-size", type=int, help="samples a step, counted once for a sequence group")
     group.add_argument("--train-iters", type=int, default=100, help="iterations of the run")
-    group.add_argument("--lr", type=float, help="default: 1e-4")
-    group.add_argument("--min-lr", type=float, default=0.0)
-    group.add_argument("--lr-warmup-iters", type=int, default=0)
-    group.add_argument(
-        "--lr-decay-iters", type=int, help="iteration at which the rate reaches --min-lr; default: --train-iters"
-    )
-    group.add_argument("--weight-decay", type=float, help="default: 0.01")
-    group.add_argument("--adam-beta1", type=float, default=0.9)
-    group.add_argument("--adam-beta2", type=float, default=0.999)
-    group.add_argument("--adam-eps", type=float, default=1e-8)
+    group.add_argument("--lr", type=float, help="learning rate (default: 1e-4)")
+    group.add_argument("--min-lr", type=float, help="where the cosine ends (default: 0)")
+    group.add_argument("--lr-warmup-iters", type=int, help="iterations of linear warm-up (default: 0)")
+    group.add_argument("--lr-decay-iters", type=int, help="iteration at which --min-lr is reached (default: --train-iters)")
+    group.add_argument("--weight-decay", type=float, help="of AdamW (default: 0.01)")
+    group.add_argument("--adam-beta1", type=float, help="(default: 0.9)")
+    group.add_argument("--adam-beta2", type=float, help="(default: 0.999)")
+    group.add_argument("--adam-eps", type=float, help="(default: 1e-8)")
     group.add_argument("--clip-grad", type=float, help="largest global gradient norm; default: no clipping")
     group.add_argument("--seed", type=int, default=1234)
 
@@ -94,11 +102,14 @@ def parser(description: str) -> argparse.ArgumentParser:
 
 
 def settings(arguments: argparse.Namespace) -> configs.Config:
-    """The ds_config of a run: the file's, with what the flags add. Errors: UsageError for what does not agree."""
+    """The ds_config of a run: the file's, with what the flags add. Fills in the defaults of the optimizer's flags.
+
+    Errors: UsageError for what does not agree.
+    """
     raw: dict[str, Any] = configs.read(arguments.deepspeed_config) if arguments.deepspeed_config else {}
     for flag, path in _CONFIG_KEYS.items():
         value = getattr(arguments, flag)
-        if value is None or (flag in _CLIENT_OPTIMIZER and "optimizer" not in raw):
+        if value is None or (flag in _OPTIMIZER_DEFAULTS and "optimizer" not in raw):
             continue
         section = raw
         for key in path[:-1]:
@@ -111,11 +122,29 @@ def settings(arguments: argparse.Namespace) -> configs.Config:
                 f"--{flag.replace('_', '-')} {value} and {'.'.join(path)}={given!r} of the ds_config disagree; "
                 "give one of them, or the same value"
             )
+    _settle_optimizer(arguments, raw)
     for flag, least in _LEAST.items():
         value = getattr(arguments, flag)
         if value is not None and value < least:
             raise UsageError(f"--{flag.replace('_', '-')} {value}: must be at least {least}")
     return configs.load(raw)
+
+
+def _settle_optimizer(arguments: argparse.Namespace, raw: dict[str, Any]) -> None:
+    """Give the optimizer's flags their defaults, or refuse them where the ds_config has an optimizer of its own."""
+    if "optimizer" not in raw:
+        if "scheduler" in raw:
+            raise UsageError('the ds_config has a "scheduler" but no "optimizer"; give both there, or use --lr and its kin')
+        for flag, default in _OPTIMIZER_DEFAULTS.items():
+            if getattr(arguments, flag) is None:
+                setattr(arguments, flag, default)
+        return
+    for flag in _OPTIMIZER_DEFAULTS:
+        if flag not in _CONFIG_KEYS and getattr(arguments, flag) is not None:
+            raise UsageError(
+                f'--{flag.replace("_", "-")} has no effect beside the "optimizer" section of the ds_config; '
+                'set it there or in its "scheduler" section, or remove that section'
+            )
 
 
 def show(arguments: argparse.Namespace, file: Any = None) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.distributed as dist
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
@@ -52,7 +52,7 @@ def _whole(shape: list[int], dtype: torch.dtype, storage: list[int], seed: int) 
 
 
 def _bits(x: Tensor) -> Tensor:
-    return x.contiguous().view(-1).view(torch.uint8)
+    return x.clone(memory_format=torch.contiguous_format).view(-1).view(torch.uint8)
 
 
 def _move(shape, gather, split, dtype, storage, seed):
@@ -76,6 +76,8 @@ def _move(shape, gather, split, dtype, storage, seed):
 
 
 @given(movements())
+@example((2, [1, 2, 1], 0, 1, torch.float32, [2, 1, 0], 0))  # one element, contiguous with a stride that is not 1
+@example((2, [2, 1, 2], 0, 2, torch.bfloat16, [2, 1, 0], 0))
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_every_movement_is_bitwise_the_slice_of_the_whole(ranks, movement):
     ranks(movement[0], _move, *movement[1:])
@@ -138,9 +140,11 @@ def _gradients(T: int, S: int, C: int, loss: str) -> tuple[float, float]:
     return abs(value.item() / group.size() - expected.item()) / abs(expected.item()), error
 
 
-@pytest.mark.parametrize("loss", ["gathered", "local shard", "all-reduced"])
-@pytest.mark.parametrize("size", [1, 2, 3, 4])
-@pytest.mark.parametrize(("T", "S"), [(8, 12), (5, 7), (3, 2), (1, 6)])
+@given(st.integers(1, 4), st.integers(1, 9), st.integers(1, 9), st.sampled_from(["gathered", "local shard", "all-reduced"]))
+@example(2, 8, 12, "local shard")
+@example(4, 1, 6, "gathered")
+@example(4, 3, 2, "all-reduced")
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_averaged_gradients_equal_one_process(ranks, size, T, S, loss):
     for loss_error, gradient_error in ranks(size, _gradients, T, S, 3, loss):
         assert loss_error < 1e-14

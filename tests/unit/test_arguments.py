@@ -191,3 +191,15 @@ def test_log_line_has_the_fields_of_megatron(capsys, tmp_path):
     assert written["loss"] == [(20, pytest.approx(0.51234567))]
     assert written["learning-rate"] == [(20, pytest.approx(1e-4))]
     assert written["batch-size"] == [(20, 8.0)]
+
+
+@pytest.mark.parametrize("flag", ["--min-lr", "--lr-warmup-iters", "--lr-decay-iters", "--adam-beta2"])
+def test_flags_without_effect_are_refused(settings, flag):
+    settings({}, flag, 1)
+    with pytest.raises(UsageError, match=f'{flag} has no effect beside the "optimizer" section'):
+        settings({"optimizer": {"type": "AdamW", "params": {"lr": 1e-4}}}, flag, 1)
+
+
+def test_a_scheduler_without_an_optimizer_is_refused(settings):
+    with pytest.raises(UsageError, match='"scheduler" but no "optimizer"'):
+        settings({"scheduler": {"type": "WarmupLR"}})

@@ -1,0 +1,68 @@
+"""The video transformer on several ranks against one process, in fp64, with noise on zero-initialised parameters."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.distributed as dist
+
+import megatron_dsp as dsp
+from megatron_dsp.models.video_dit import VideoDiT, VideoDiTConfig
+
+LAYERS = 2
+
+
+def _compare(T: int, H: int, W: int, patch: tuple[int, int, int]) -> None:
+    group = dist.group.WORLD
+    rank, size = group.rank(), group.size()
+    torch.manual_seed(0)
+    config = VideoDiTConfig(layers=LAYERS, hidden=16, heads=2, conditioning_size=6, patch=patch)
+    model = VideoDiT(config).double()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.2 * torch.randn_like(parameter)
+    B, tokens = 2, -(-T // patch[0])
+    video = torch.randn(T, B, 3, H, W, dtype=torch.float64)
+    weight = torch.linspace(0.5, 2, video.numel(), dtype=torch.float64).view_as(video)
+    side = (
+        torch.rand(tokens, B, dtype=torch.float64),
+        torch.randn(B, 3, 6, dtype=torch.float64),
+        torch.tensor([[True, True, False], [True, False, False]]),
+        torch.tensor([False, True]),
+    )
+    expected = model(video, *side)
+    (expected**2 * weight).mean().backward()
+    references = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+    model.zero_grad()
+
+    start, stop = dsp.shard_range(tokens, size, rank)
+    frames = slice(start * patch[0], min(stop * patch[0], T))
+    with dsp.ledger() as moved:
+        output = model(video[frames], *side, group=group)
+        (output**2 * weight[frames]).sum().mul(size / video.numel()).backward()
+    torch.testing.assert_close(output, expected[frames], rtol=1e-12, atol=1e-12)
+    for name, parameter in model.named_parameters():
+        dist.all_reduce(parameter.grad)
+        # Key biases have no gradient but rounding: hence the floor.
+        error = (parameter.grad / size - references[name]).abs() - 1e-10 * references[name].abs()
+        assert error.max() < 1e-13, name
+
+    # Two switches a layer pair, forward and backward, of the bytes that the shards say.
+    S = -(-H // patch[1]) * -(-W // patch[2])
+    T_r, S_r = stop - start, dsp.shard_sizes(S, size)[rank]
+    there, back = T_r * B * (S - S_r) * 16 * 8, (tokens - T_r) * B * S_r * 16 * 8
+    assert moved.by("operation") == {
+        "switch": (2 * LAYERS, LAYERS * (there + back)),
+        "switch adjoint": (2 * LAYERS, LAYERS * (there + back)),
+    }
+    assert sorted(moved.by("stage")) == ["head", "spatial 1", "temporal 0", "temporal 1"]
+
+
+@pytest.mark.parametrize(
+    ("T", "H", "W", "patch"),
+    [(4, 4, 8, (1, 2, 2)), (5, 5, 7, (1, 2, 2)), (7, 4, 6, (2, 2, 2)), (2, 2, 4, (1, 2, 2))],
+    ids=["even", "uneven", "patches of two frames", "fewer frames and tokens than ranks"],
+)
+@pytest.mark.parametrize("size", [2, 3, 4])
+def test_outputs_gradients_and_bytes(ranks, size, T, H, W, patch):
+    ranks(size, _compare, T, H, W, patch)
