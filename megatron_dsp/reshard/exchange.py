@@ -56,16 +56,14 @@ class Exchange:
         """Send ``send_sizes[p]`` elements of the flat ``send`` to each rank p; return what came, in the order of ranks."""
         received = send.new_empty(sum(receive_sizes))
         width = send.element_size()
-        if len(set(send_sizes)) == len(set(receive_sizes)) == 1:
-            dist.all_to_all_single(_as_bytes(received), _as_bytes(send), group=self.group)
-        else:
-            dist.all_to_all_single(
-                _as_bytes(received),
-                _as_bytes(send),
-                [size * width for size in receive_sizes],
-                [size * width for size in send_sizes],
-                group=self.group,
-            )
+        # Even shards too are sent with their sizes: whether they are even is not what each rank could see from its own.
+        dist.all_to_all_single(
+            _as_bytes(received),
+            _as_bytes(send),
+            [size * width for size in receive_sizes],
+            [size * width for size in send_sizes],
+            group=self.group,
+        )
         self._count(stage, operation, (send.numel() - send_sizes[self.rank]) * width)
         return received
 
