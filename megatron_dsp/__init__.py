@@ -1,8 +1,9 @@
 """Dynamic Sequence Parallelism (Zhao et al., ICML 2025, arXiv 2403.10266) for Megatron-style training with DeepSpeed."""
 
 from megatron_dsp.errors import UsageError
+from megatron_dsp.initialize import initialize
 from megatron_dsp.layout import Layout, shard_range, shard_sizes
-from megatron_dsp.mesh import Mesh, initialize
+from megatron_dsp.mesh import Mesh
 from megatron_dsp.reshard import Ledger, Region, gather, ledger, mean, mean_loss, split, switch
 from megatron_dsp.training.deepspeed_engine import deepspeed_initialize
 from megatron_dsp.training.sampler import sampler, seed

@@ -19,7 +19,7 @@ from megatron_dsp.errors import UsageError
 _BUILT: dict[str, tuple[tuple[object, ...], tuple[object, ...]]] = {
     "backend": (("dsp", "ulysses", "ring"), ("dsp",)),
     "plan": (("auto",), ("auto",)),
-    "transport": (("auto", "torch", "mpi"), ("auto", "torch")),
+    "transport": (("auto", "torch", "mpi"), ("auto", "torch", "mpi")),
     "overlap.enabled": (("auto", True, False), ("auto", False)),
     "overlap.chunks": (("auto", 1), ("auto", 1)),
     "check_collectives": ((True, False), (False,)),

@@ -9,15 +9,12 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from functools import cached_property
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
-from megatron_dsp import config as configs
 from megatron_dsp import launch
 from megatron_dsp.errors import UsageError
 
@@ -184,18 +181,14 @@ class DeepSpeedView:
 _current: Mesh | None = None
 
 
-def initialize(config: str | Path | dict[str, Any] | configs.Config) -> Mesh:
-    """Make the mesh that a ds_config asks for, and make it current: its sequence group is the default of ``dsp.switch`` etc.
-
-    Finds rank and world from the launcher and starts torch.distributed if nobody has. Collective: every rank calls it.
-    A second call with the same degrees returns the same mesh; with others it is a UsageError.
-    """
+def set_current(mesh: Mesh | None) -> None:
+    """Make ``mesh`` the one whose sequence group the public functions default to; None forgets it."""
     global _current
-    degrees = configs.load(config).degrees
-    if _current is None:
-        _current = Mesh(**degrees)
-    elif any(_current.size(axis) != degree for axis, degree in degrees.items()):
-        raise UsageError(f"dsp.initialize was called before with other degrees: it made {_current}, and now gets {degrees}")
+    _current = mesh
+
+
+def current() -> Mesh | None:
+    """The mesh of ``dsp.initialize``, or None."""
     return _current
 
 

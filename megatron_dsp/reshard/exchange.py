@@ -7,9 +7,12 @@ from __future__ import annotations
 
 import weakref
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from megatron_dsp.layout import shard_sizes
+from megatron_dsp.reshard.packing import as_bytes
+from megatron_dsp.reshard.transports import TorchTransport, Transport
 
 # torch 2.13 renames these two and warns at the old names.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -32,7 +35,8 @@ def open_exchanges() -> list[Exchange]:
 
 
 class Exchange:
-    """Collectives of one group over flat, contiguous tensors, with a count of what was sent.
+    """Collectives of one group, with a count of what was sent. A switch goes through the group's transport, the others through
+    torch.distributed, on flat, contiguous tensors.
 
     ``counts`` maps (stage, operation) to (calls, bytes sent to other ranks) since the group was made.
     """
@@ -43,6 +47,7 @@ class Exchange:
         self.size = group.size()
         self.rank = group.rank()
         self.name = group.group_desc
+        self.transport: Transport = TorchTransport(group)
         self.counts: dict[tuple[str, str], tuple[int, int]] = {}
 
     @property
@@ -52,32 +57,28 @@ class Exchange:
             raise RuntimeError(f"the process group {self.name!r} was destroyed; make a new mesh")
         return group
 
-    def all_to_all(self, send: Tensor, send_sizes: list[int], receive_sizes: list[int], stage: str, operation: str) -> Tensor:
-        """Send ``send_sizes[p]`` elements of the flat ``send`` to each rank p; return what came, in the order of ranks."""
-        received = send.new_empty(sum(receive_sizes))
-        width = send.element_size()
-        # Even shards too are sent with their sizes: whether they are even is not what each rank could see from its own.
-        dist.all_to_all_single(
-            _as_bytes(received),
-            _as_bytes(send),
-            [size * width for size in receive_sizes],
-            [size * width for size in send_sizes],
-            group=self.group,
-        )
-        self._count(stage, operation, (send.numel() - send_sizes[self.rank]) * width)
-        return received
+    def switch(self, x: Tensor, gather: int, split: int, size: int, stage: str, operation: str) -> Tensor:
+        """Move the shard of ``x`` from dim ``gather``, of global size ``size``, to dim ``split``, which is whole in ``x``."""
+        gather_sizes, split_sizes = shard_sizes(size, self.size), shard_sizes(x.shape[split], self.size)
+        moved = self.transport.switch(x, gather, split, gather_sizes, split_sizes)
+        if x.numel():
+            others = x.shape[split] - split_sizes[self.rank]
+            self._count(stage, operation, x.numel() // x.shape[split] * others * x.element_size())
+        else:
+            self._count(stage, operation, 0)
+        return moved
 
     def all_gather(self, send: Tensor, receive_sizes: list[int], stage: str, operation: str) -> Tensor:
         """Every rank's flat tensor, one after another in the order of ranks."""
         received = send.new_empty(sum(receive_sizes))
         if len(set(receive_sizes)) == 1:
-            _all_gather(_as_bytes(received), _as_bytes(send), group=self.group)
+            _all_gather(as_bytes(received), as_bytes(send), group=self.group)
         else:
             # Gloo's all-gather refuses uneven shards; NCCL's is itself a broadcast from each rank.
             pieces = received.split(receive_sizes)
             pieces[self.rank].copy_(send)
             works = [
-                dist.broadcast(_as_bytes(piece), group=self.group, group_src=rank, async_op=True)
+                dist.broadcast(as_bytes(piece), group=self.group, group_src=rank, async_op=True)
                 for rank, piece in enumerate(pieces)
                 if piece.numel()
             ]
@@ -94,7 +95,12 @@ class Exchange:
             _reduce_scatter(received, send, group=self.group)
             self._count(stage, operation, (send.numel() - own) * send.element_size())
             return received
-        pieces = self.all_to_all(send, send_sizes, [own] * self.size, stage, operation)
+        pieces = send.new_empty(self.size * own)
+        width = send.element_size()
+        dist.all_to_all_single(
+            as_bytes(pieces), as_bytes(send), [own * width] * self.size, [size * width for size in send_sizes], group=self.group
+        )
+        self._count(stage, operation, (send.numel() - own) * width)
         return pieces.view(self.size, own).sum(0)
 
     def all_reduce(self, tensor: Tensor, stage: str, operation: str) -> Tensor:
@@ -106,8 +112,3 @@ class Exchange:
     def _count(self, stage: str, operation: str, sent: int) -> None:
         calls, sent_before = self.counts.get((stage, operation), (0, 0))
         self.counts[stage, operation] = (calls + 1, sent_before + sent)
-
-
-def _as_bytes(flat: Tensor) -> Tensor:
-    # A tensor of one element is contiguous with any stride, but only stride 1 can be viewed as bytes.
-    return flat.as_strided(flat.shape, (1,)).view(torch.uint8)

@@ -14,7 +14,6 @@ over the group equals the single-process gradient (docs/contracts.md). Dims may 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -25,6 +24,7 @@ from megatron_dsp import mesh
 from megatron_dsp.errors import UsageError
 from megatron_dsp.layout import shard_range, shard_sizes
 from megatron_dsp.reshard.exchange import Exchange, exchange_of
+from megatron_dsp.reshard.packing import counts, pack, shard_shapes, unpack
 
 
 def switch(x: Tensor, *, gather: int, split: int, size: int, group: dist.ProcessGroup | None = None, stage: str = "") -> Tensor:
@@ -44,6 +44,7 @@ def switch(x: Tensor, *, gather: int, split: int, size: int, group: dist.Process
     _check_shard(x, gather, size, exchange, "switch")
     if exchange.size == 1:
         return x
+    exchange.transport.check(x)
     return _Switch.apply(x, gather, split, size, exchange, stage, "switch")
 
 
@@ -53,20 +54,7 @@ class _Switch(torch.autograd.Function):
         ctx: Any, x: Tensor, gather: int, split: int, size: int, exchange: Exchange, stage: str, operation: str
     ) -> Tensor:
         ctx.reverse = (split, gather, x.shape[split], exchange, stage, _adjoint_of(operation))
-        send_sizes = shard_sizes(x.shape[split], exchange.size)
-        receive_sizes = shard_sizes(size, exchange.size)
-        sent = _shapes(x, split, send_sizes)
-        arriving = list(x.shape)
-        arriving[split] = send_sizes[exchange.rank]
-        received = [(*arriving[:gather], part, *arriving[gather + 1 :]) for part in receive_sizes]
-        flat = exchange.all_to_all(
-            _pack(x, split, sent),
-            [_count(shape) for shape in sent],
-            [_count(shape) for shape in received],
-            stage,
-            operation,
-        )
-        return _unpack(flat, gather, received)
+        return exchange.switch(x, gather, split, size, stage, operation)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
@@ -96,9 +84,9 @@ class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, dim: int, size: int, exchange: Exchange, stage: str, operation: str) -> Tensor:
         ctx.arguments = (dim, size, exchange, stage, _adjoint_of(operation))
-        shapes = _shapes(x, dim, shard_sizes(size, exchange.size))
-        flat = exchange.all_gather(x.contiguous().view(-1), [_count(shape) for shape in shapes], stage, operation)
-        return _unpack(flat, dim, shapes)
+        shapes = shard_shapes(x.shape, dim, shard_sizes(size, exchange.size))
+        flat = exchange.all_gather(x.contiguous().view(-1), counts(shapes), stage, operation)
+        return unpack(flat, dim, shapes)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
@@ -109,8 +97,8 @@ class _ReduceScatter(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, dim: int, size: int, exchange: Exchange, stage: str, operation: str) -> Tensor:
         ctx.arguments = (dim, size, exchange, stage, _adjoint_of(operation))
-        shapes = _shapes(x, dim, shard_sizes(size, exchange.size))
-        flat = exchange.reduce_scatter(_pack(x, dim, shapes), [_count(shape) for shape in shapes], stage, operation)
+        shapes = shard_shapes(x.shape, dim, shard_sizes(size, exchange.size))
+        flat = exchange.reduce_scatter(pack(x, dim, shapes), counts(shapes), stage, operation)
         return flat.view(shapes[exchange.rank])
 
     @staticmethod
@@ -198,41 +186,3 @@ def _check_shard(x: Tensor, dim: int, size: int, exchange: Exchange, operation: 
 
 def _adjoint_of(operation: str) -> str:
     return operation.removesuffix(" adjoint") if operation.endswith(" adjoint") else operation + " adjoint"
-
-
-def _shapes(x: Tensor, dim: int, sizes: list[int]) -> list[tuple[int, ...]]:
-    """The shapes of the shards of dim ``dim``."""
-    return [(*x.shape[:dim], size, *x.shape[dim + 1 :]) for size in sizes]
-
-
-def _count(shape: tuple[int, ...]) -> int:
-    return torch.Size(shape).numel()
-
-
-def _is_outermost(dim: int, shape: Sequence[int]) -> bool:
-    """Whether shards of ``dim`` lie one after another in a contiguous tensor of this shape."""
-    return all(size == 1 for size in shape[:dim])
-
-
-def _pack(x: Tensor, dim: int, shapes: list[tuple[int, ...]]) -> Tensor:
-    """The shards of dim ``dim`` one after another in a flat tensor: a view where they lie so already, else one copy."""
-    if x.is_contiguous() and _is_outermost(dim, x.shape):
-        return x.view(-1)
-    flat = x.new_empty(x.numel())
-    pieces = flat.split([_count(shape) for shape in shapes])
-    for source, piece, shape in zip(x.split([shape[dim] for shape in shapes], dim), pieces, shapes, strict=True):
-        piece.view(shape).copy_(source)
-    return flat
-
-
-def _unpack(flat: Tensor, dim: int, shapes: list[tuple[int, ...]]) -> Tensor:
-    """The tensor whose shards of dim ``dim`` lie one after another in ``flat``: a view, or one copy."""
-    whole = list(shapes[0])
-    whole[dim] = sum(shape[dim] for shape in shapes)
-    if _is_outermost(dim, whole):
-        return flat.view(whole)
-    x = flat.new_empty(whole)
-    pieces = flat.split([_count(shape) for shape in shapes])
-    for target, piece, shape in zip(x.split([shape[dim] for shape in shapes], dim), pieces, shapes, strict=True):
-        target.copy_(piece.view(shape))
-    return x

@@ -48,6 +48,15 @@ def test_every_launcher_gives_the_same_losses(small, alone, launcher, sequence, 
     assert jobs.value(output, "consumed samples")[-1] == "80"
 
 
+def test_switches_through_mpi_give_the_same_losses(small, alone, tmp_path):
+    config = {**CONFIG, "sequence_parallel": {"size": 4, "transport": "mpi"}}
+    (tmp_path / "ds_config.json").write_text(json.dumps(config))
+    arguments = [*small, "--deepspeed_config", tmp_path / "ds_config.json", "--micro-batch-size", 4, "--train-iters", 20]
+    status, output = jobs.run("mpirun", 4, SCRIPT, *arguments)
+    assert status == 0, output
+    assert jobs.losses(output) == pytest.approx(alone, rel=1e-6)
+
+
 def test_two_jobs_on_one_host_do_not_meet(small, alone):
     degrees = ["--dynamic-sequence-parallel-size", 2, "--micro-batch-size", 4]
     together = [jobs.start("deepspeed", 2, SCRIPT, *small, "--train-iters", 20, *degrees) for _ in range(2)]

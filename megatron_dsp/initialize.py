@@ -1,0 +1,36 @@
+"""From a ds_config to the current mesh, with the transport that its sequence group's switches take."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from megatron_dsp import config as configs
+from megatron_dsp import mesh as meshes
+from megatron_dsp.errors import UsageError
+from megatron_dsp.mesh import Mesh
+from megatron_dsp.reshard.exchange import exchange_of
+from megatron_dsp.reshard.transports import MpiTransport
+
+
+def initialize(config: str | Path | dict[str, Any] | configs.Config) -> Mesh:
+    """Make the mesh that a ds_config asks for, and make it current: its sequence group is the default of ``dsp.switch`` etc.
+
+    Finds rank and world from the launcher and starts torch.distributed if nobody has. Collective: every rank calls it.
+    A second call with the same degrees returns the same mesh; with others it is a UsageError. A transport that is not there
+    is a UsageError too, which says what is missing.
+    """
+    settings = configs.load(config)
+    mesh = meshes.current()
+    if mesh is None:
+        mesh = Mesh(**settings.degrees)
+        meshes.set_current(mesh)
+    elif any(mesh.size(axis) != degree for axis, degree in settings.degrees.items()):
+        raise UsageError(
+            f"dsp.initialize was called before with other degrees: it made {mesh}, and now gets {settings.degrees}"
+        )
+    if settings.sequence_parallel.transport == "mpi":
+        exchange = exchange_of(mesh.group("sequence"))
+        if exchange.transport.name != "mpi":
+            exchange.transport = MpiTransport(mesh.group("sequence"))
+    return mesh
