@@ -30,7 +30,8 @@ pretrain: setup
 	@ranks=$$($(BIN)/python -c 'import torch; print(1 if torch.cuda.device_count() == 1 else 2)') && \
 	set -x && $(BIN)/deepspeed --num_gpus $$ranks pretrain_scripts/pretrain_video.py \
 		--deepspeed_config pretrain_scripts/ds_configs/demo.json --dynamic-sequence-parallel-size $$ranks \
-		--train-iters 500 --lr 2e-3 --lr-warmup-iters 10 --eval-interval 100 --save runs/pretrain_video $(ARGS)
+		--train-iters 500 --lr 2e-3 --lr-warmup-iters 10 --eval-interval 100 --save runs/pretrain_video \
+		--tensorboard-dir runs/pretrain_video/tensorboard $(ARGS)
 
 test: setup
 	$(BIN)/python -m pytest

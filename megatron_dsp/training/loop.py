@@ -49,15 +49,19 @@ def train(engine: Any, workload: Workload, mesh: Mesh, arguments: argparse.Names
     started, first = time.perf_counter(), progress.iteration
     interval_loss, interval_start, interval_first = torch.zeros((), device=mesh.device), started, progress.iteration
 
-    with _stop_signal() as stop, ledger() as moved:
+    switched = 0
+
+    with _stop_signal() as stop:
         while progress.iteration < arguments.train_iters:
             engine.train()
             learning_rate = engine.get_lr()[0]
-            for samples in _micro_batches(engine, mesh, progress.consumed_samples):
-                loss = workload.loss(engine, samples)
-                engine.backward(loss)
-                engine.step()
-                interval_loss += loss.detach() / engine.gradient_accumulation_steps()
+            with ledger() as moved:
+                for samples in _micro_batches(engine, mesh, progress.consumed_samples):
+                    loss = workload.loss(engine, samples)
+                    engine.backward(loss)
+                    engine.step()
+                    interval_loss += loss.detach() / engine.gradient_accumulation_steps()
+            switched += sum(row.bytes for row in moved.rows if row.operation.startswith("switch"))
             progress.iteration += 1
             progress.consumed_samples += engine.train_batch_size()
             log.advance(progress.iteration)
@@ -89,7 +93,7 @@ def train(engine: Any, workload: Workload, mesh: Mesh, arguments: argparse.Names
     seconds, iterations = time.perf_counter() - started, progress.iteration - first
     if arguments.save and saved != progress.iteration:
         _save(engine, mesh, arguments, progress, log)
-    _summarise(iterations, iterations * engine.train_batch_size(), seconds, moved.by("operation"), mesh, log)
+    _summarise(iterations, iterations * engine.train_batch_size(), seconds, switched, mesh, log)
     return progress
 
 
@@ -166,21 +170,19 @@ def _any_rank(flag: bool) -> bool:
     return bool(flags.item())
 
 
-def _summarise(
-    iterations: int, samples: int, seconds: float, moved: dict[str, tuple[int, int]], mesh: Mesh, log: TrainingLog
-) -> None:
-    """Samples a second, switch bytes a step, and the largest peak memory of any rank."""
+def _summarise(iterations: int, samples: int, seconds: float, switched: int, mesh: Mesh, log: TrainingLog) -> None:
+    """Samples a second; the most switch bytes a training step and the largest peak memory of any rank."""
     if not iterations:
         return
-    switched = torch.tensor(float(sum(sent for name, (_, sent) in moved.items() if name.startswith("switch"))))
+    most_switched = torch.tensor(float(switched))
     if mesh.device.type == "cuda":
         peak = torch.tensor(float(torch.cuda.max_memory_allocated()))
     else:
         peak = torch.tensor(float(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024))
-    dist.all_reduce(switched, op=dist.ReduceOp.MAX)
+    dist.all_reduce(most_switched, op=dist.ReduceOp.MAX)
     dist.all_reduce(peak, op=dist.ReduceOp.MAX)
     log.message(
         f"summary: {iterations} iterations in {seconds:.1f} s | samples a second: {samples / seconds:.2f} | "
-        f"switch bytes a step and rank: {switched.item() / iterations:,.0f} | "
+        f"switch bytes a step and rank: {most_switched.item() / iterations:,.0f} | "
         f"peak memory a rank: {peak.item() / 2**20:,.0f} MiB"
     )
