@@ -25,6 +25,7 @@ from torch import Tensor
 
 import megatron_dsp as dsp
 from megatron_dsp import launch
+from megatron_dsp.reshard.buffers import BufferPool
 from megatron_dsp.reshard.exchange import exchange_of
 from megatron_dsp.reshard.transports import MpiTransport
 
@@ -90,7 +91,6 @@ class Case:
 
     def _raw_mpi(self) -> None:
         transport = exchange_of(self.mpi_group).transport
-        assert isinstance(transport, MpiTransport)
         for _ in range(1 + self.backward):
             transport._comm.Alltoall(*(transport._memory(buffer) for buffer in self._buffers))
 
@@ -156,7 +156,10 @@ def _time(run: Run, device: torch.device) -> float:
 
 def _extra_shards(run: Run, case: Case) -> float:
     """Peak memory of a run beyond its output (and beyond its gradient), in shards. The bare collective's is 0 by definition."""
-    case.x.grad = case.ours.grad = None  # what an earlier method left
+    # As if it were the first of all runs: memory that is kept counts too.
+    case.x.grad = case.ours.grad = None
+    for group in (case.group, case.mpi_group):
+        exchange_of(group).transport._buffers = BufferPool()
     with torch.profiler.profile(profile_memory=True) as profile:
         result = run()
     if result is None:

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_dsp.errors import UsageError
+from megatron_dsp.reshard.buffers import BufferPool
 from megatron_dsp.reshard.packing import Shape, as_bytes, counts, pack, shard_shapes, unpack
 
 
@@ -42,6 +43,7 @@ class TorchTransport:
         # A weak reference: the group is the key that keeps its exchange, and so this, alive.
         self._group = weakref.ref(group)
         self._rank = group.rank()
+        self._buffers = BufferPool()
 
     def check(self, x: Tensor) -> None:
         pass
@@ -49,8 +51,8 @@ class TorchTransport:
     def switch(self, x: Tensor, gather: int, split: int, gather_sizes: list[int], split_sizes: list[int]) -> Tensor:
         sent = shard_shapes(x.shape, split, split_sizes)
         received = shard_shapes(sent[self._rank], gather, gather_sizes)
-        send = pack(x, split, sent)
-        flat = send.new_empty(sum(counts(received)))
+        send = pack(x, split, sent, self._buffers.empty)
+        flat = self._buffers.empty([sum(counts(received))], x)
         # Even shards too are sent with their sizes: whether they are even is not what each rank could see from its own.
         width = x.element_size()
         dist.all_to_all_single(
@@ -60,7 +62,7 @@ class TorchTransport:
             [count * width for count in counts(sent)],
             group=self._group(),
         )
-        return unpack(flat, gather, received)
+        return unpack(flat, gather, received, self._buffers.empty)
 
 
 class MpiTransport:
@@ -91,6 +93,7 @@ class MpiTransport:
         members = MPI.COMM_WORLD.Get_group().Incl(dist.get_process_group_ranks(group))
         self._comm = MPI.COMM_WORLD.Create_group(members)
         self._rank = self._comm.rank
+        self._buffers = BufferPool()
         self._datatypes: OrderedDict[tuple[Any, ...], tuple[list[Any], ...]] = OrderedDict()
         self._word = {1: MPI.UINT8_T, 2: MPI.UINT16_T, 4: MPI.UINT32_T, 8: MPI.UINT64_T, 16: MPI.C_DOUBLE_COMPLEX}
         weakref.finalize(self, _free, self._comm, self._datatypes, MPI)
@@ -103,7 +106,7 @@ class MpiTransport:
         x = x.contiguous()
         shape = list(x.shape)
         shape[gather], shape[split] = sum(gather_sizes), split_sizes[self._rank]
-        out = x.new_empty(shape)
+        out = self._buffers.empty(shape, x)
         key = (*x.shape, gather, split, *gather_sizes, x.element_size())
         if key not in self._datatypes:
             word = self._word[x.element_size()]

@@ -19,13 +19,13 @@ def main() -> None:
     config = {"train_micro_batch_size_per_gpu": 1, "sequence_parallel": {"size": 4}}
     mesh = dsp.initialize(config)
     group = mesh.group("sequence")
-    x = torch.randn(2, 8, 4, requires_grad=True)
+    x = torch.randn(2, 1024, 512, requires_grad=True)  # large enough for reused memory
     for _ in range(20):
         y = dsp.switch(x, gather=0, split=1, size=8, group=group)
         y.sum().backward()
-        whole = dsp.gather(y, dim=1, size=8)
+        whole = dsp.gather(y, dim=1, size=1024)
     if sys.argv[1] == "deepspeed":
-        model = torch.nn.Linear(4, 4)
+        model = torch.nn.Linear(512, 4)
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
         engine, *_ = dsp.deepspeed_initialize(model=model, optimizer=optimizer, config=config, mesh=mesh)
         engine.backward(engine(y.detach()).sum())

@@ -266,3 +266,31 @@ def _copies(T: int, B: int, S: int, C: int) -> list[int]:
 def test_one_copy_a_switch_in_storage_order(ranks):
     # T lies outermost in [T, B, S, C]: its side of a switch is a view.
     assert ranks(2, _copies, 4, 2, 6, 8) == [[1, 1]] * 2
+
+
+def _graphs_in_flight(rounds: int) -> None:
+    """Tensors of several MB, whose memory is reused, in graphs whose forward and backward interleave."""
+    group = dist.group.WORLD
+    rank, size = group.rank(), group.size()
+    generator = torch.Generator().manual_seed(0)
+    graphs = []
+    for _ in range(rounds):
+        T, S = (int(torch.randint(5, 9, (), generator=generator)) for _ in range(2))
+        whole = torch.randn(T, 2, S, 40000, generator=generator)
+        x = dsp.split(whole, dim=0, group=group).clone().requires_grad_()
+        y = dsp.switch(x, gather=0, split=2, size=T, group=group)
+        z = dsp.switch(y * y, gather=2, split=0, size=S, group=group)
+        assert torch.equal(y, whole.tensor_split(size, 2)[rank])
+        assert torch.equal(z, x.detach() ** 2)
+        graphs.append((x, y, z))
+        del y, z
+        if len(graphs) == 3:
+            x, y, z = graphs.pop(int(torch.randint(0, 3, (), generator=generator)))
+            (z * z).sum().backward()
+            assert torch.equal(x.grad, x.detach() * 2 * (2 * x.detach() ** 2))
+            del x, y, z
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_reused_memory_with_several_graphs_in_flight(ranks, size):
+    ranks(size, _graphs_in_flight, 12)
