@@ -49,6 +49,9 @@ class TorchTransport:
         pass
 
     def switch(self, x: Tensor, gather: int, split: int, gather_sizes: list[int], split_sizes: list[int]) -> Tensor:
+        group = self._group()
+        if group is None:  # to torch it would mean the world
+            raise RuntimeError("the process group of this switch was destroyed; make a new mesh")
         sent = shard_shapes(x.shape, split, split_sizes)
         received = shard_shapes(sent[self._rank], gather, gather_sizes)
         send = pack(x, split, sent, self._buffers.empty)
@@ -60,7 +63,7 @@ class TorchTransport:
             as_bytes(send),
             [count * width for count in counts(received)],
             [count * width for count in counts(sent)],
-            group=self._group(),
+            group=group,
         )
         return unpack(flat, gather, received, self._buffers.empty)
 
@@ -91,12 +94,12 @@ class MpiTransport:
             )
         self._mpi = MPI
         members = MPI.COMM_WORLD.Get_group().Incl(dist.get_process_group_ranks(group))
+        # Never freed: that is a collective, which the end of a Python object may not be. There is one a group.
         self._comm = MPI.COMM_WORLD.Create_group(members)
         self._rank = self._comm.rank
         self._buffers = BufferPool()
         self._datatypes: OrderedDict[tuple[Any, ...], tuple[list[Any], ...]] = OrderedDict()
         self._word = {1: MPI.UINT8_T, 2: MPI.UINT16_T, 4: MPI.UINT32_T, 8: MPI.UINT64_T, 16: MPI.C_DOUBLE_COMPLEX}
-        weakref.finalize(self, _free, self._comm, self._datatypes, MPI)
 
     def check(self, x: Tensor) -> None:
         if x.device.type != "cpu":
@@ -115,7 +118,7 @@ class MpiTransport:
                 *self._pieces(tuple(shape), gather, gather_sizes, word),
             )
             if len(self._datatypes) > self._KEPT:
-                _free_all(self._datatypes.popitem(last=False)[1], self._mpi)
+                _free(self._datatypes.popitem(last=False)[1])
         self._datatypes.move_to_end(key)
         sent, sent_types, received, received_types = self._datatypes[key]
         nowhere = [0] * len(sent)
@@ -142,15 +145,7 @@ class MpiTransport:
         return numbers, types
 
 
-def _free(comm: Any, datatypes: OrderedDict[Any, Any], mpi: Any) -> None:
-    if mpi.Is_finalized():
-        return
-    for kept in datatypes.values():
-        _free_all(kept, mpi)
-    comm.Free()
-
-
-def _free_all(kept: tuple[list[Any], ...], mpi: Any) -> None:
+def _free(kept: tuple[list[Any], ...]) -> None:
     _, sent_types, _, received_types = kept
     for datatype in (*sent_types, *received_types):
         if not datatype.is_predefined:
