@@ -10,7 +10,7 @@ from megatron_dsp import mesh as meshes
 from megatron_dsp.errors import UsageError
 from megatron_dsp.mesh import Mesh
 from megatron_dsp.reshard.exchange import exchange_of
-from megatron_dsp.reshard.transports import MpiTransport
+from megatron_dsp.reshard.mpi_transport import MpiTransport
 
 
 def initialize(config: str | Path | dict[str, Any] | configs.Config) -> Mesh:

@@ -35,15 +35,15 @@ class BufferPool:
         self._returned: deque[Tensor] = deque()
         self._leased = self._most_leased = 0
 
-    def empty(self, shape: Sequence[int], like: Tensor) -> Tensor:
-        """An uninitialised contiguous tensor of ``shape`` with the dtype and device of ``like``."""
-        size = math.prod(shape) * like.element_size()
-        if like.device.type != "cpu" or size < self._LEAST:
-            return like.new_empty(shape)
+    def empty(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+        """An uninitialised contiguous tensor."""
+        size = math.prod(shape) * dtype.itemsize
+        if device.type != "cpu" or size < self._LEAST:
+            return torch.empty(shape, dtype=dtype, device=device)
         block = self._take(size)
         lease = block.numpy().view(_Lease)
         weakref.finalize(lease, self._returned.append, block).atexit = False
-        return torch.frombuffer(lease, dtype=torch.uint8).view(like.dtype).view(tuple(shape))
+        return torch.frombuffer(lease, dtype=torch.uint8).view(dtype).view(tuple(shape))
 
     def _take(self, size: int) -> Tensor:
         while self._returned:

