@@ -7,7 +7,6 @@ torch's caching allocator does this already, aware of streams, and is left to it
 from __future__ import annotations
 
 import math
-import weakref
 from collections import deque
 from collections.abc import Sequence
 
@@ -17,7 +16,13 @@ from torch import Tensor
 
 
 class _Lease(np.ndarray):
-    """A view of a block that can be referred to weakly: it dies with the storage of the tensor over it."""
+    """A view of a block, owned by the storage of the tensor over it. When that dies, the block goes back."""
+
+    block: np.ndarray
+    returned: deque[np.ndarray]
+
+    def __del__(self) -> None:
+        self.returned.append(self.block)
 
 
 class BufferPool:
@@ -27,12 +32,12 @@ class BufferPool:
     never handed out too early. The pool never holds more than was once in use at the same time.
     """
 
-    _LEAST = 1 << 20  # bytes; malloc serves less than this from memory that it keeps
+    _LEAST = 64 << 10  # bytes; malloc serves less than this from memory that it keeps
 
     def __init__(self) -> None:
-        self._free: list[Tensor] = []  # the longest unused first
+        self._free: list[np.ndarray] = []  # the longest unused first
         # Blocks come back from any thread, at any time: appending is all that is done there.
-        self._returned: deque[Tensor] = deque()
+        self._returned: deque[np.ndarray] = deque()
         self._leased = self._most_leased = 0
 
     def empty(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -41,21 +46,24 @@ class BufferPool:
         if device.type != "cpu" or size < self._LEAST:
             return torch.empty(shape, dtype=dtype, device=device)
         block = self._take(size)
-        lease = block.numpy().view(_Lease)
-        weakref.finalize(lease, self._returned.append, block).atexit = False
-        return torch.frombuffer(lease, dtype=torch.uint8).view(dtype).view(tuple(shape))
+        lease = block.view(_Lease)
+        lease.block, lease.returned = block, self._returned
+        return torch.frombuffer(lease, dtype=dtype).view(tuple(shape))
 
-    def _take(self, size: int) -> Tensor:
+    def _take(self, size: int) -> np.ndarray:
         while self._returned:
             block = self._returned.popleft()
-            self._leased -= block.numel()
+            self._leased -= block.nbytes
             self._free.append(block)
         self._leased += size
         self._most_leased = max(self._most_leased, self._leased)
         for index in reversed(range(len(self._free))):
-            if self._free[index].numel() == size:
+            if self._free[index].nbytes == size:
                 return self._free.pop(index)
-        kept = sum(block.numel() for block in self._free)
+        kept = sum(block.nbytes for block in self._free)
         while self._free and self._leased + kept > self._most_leased:
-            kept -= self._free.pop(0).numel()
-        return torch.empty(size, dtype=torch.uint8)
+            kept -= self._free.pop(0).nbytes
+        # NumPy asks the kernel for huge pages, which torch does not; and torch aligns its tensors to 64 bytes.
+        block = np.empty(size + 64, dtype=np.uint8)
+        start = -block.ctypes.data % 64
+        return block[start : start + size]

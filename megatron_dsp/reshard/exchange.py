@@ -72,8 +72,14 @@ class Exchange:
     ) -> list[Tensor]:
         """In one collective, move the shard of each tensor from dim ``gather``, of global size ``sizes``, to dim ``split``."""
         moves = [
-            Move(x.resolve_conj().resolve_neg(), *dims, shard_sizes(size, self.size), shard_sizes(x.shape[dims[1]], self.size))
-            for x, size, *dims in zip(xs, sizes, gather, split, strict=True)
+            Move(
+                x.resolve_conj().resolve_neg(),  # their bytes say nothing of those flags
+                gather_dim,
+                split_dim,
+                shard_sizes(size, self.size),
+                shard_sizes(x.shape[split_dim], self.size),
+            )
+            for x, gather_dim, split_dim, size in zip(xs, gather, split, sizes, strict=True)
         ]
         for x in xs:
             self.transport.check(x)

@@ -50,37 +50,54 @@ class Move(NamedTuple):
 
 
 class Parcel:
-    """The pieces that one message carries: in place where it is one contiguous piece, else through a staging copy."""
+    """The pieces that one message carries: in place where it is one contiguous piece, else through staging memory."""
 
-    _ALIGNMENT = 16  # bytes: any dtype may follow any other
-
-    def __init__(self, pieces: list[Tensor], buffers: BufferPool):
-        self._pieces = self._staged = pieces
-        if len(pieces) == 1 and pieces[0].is_contiguous():
+    def __init__(self, pieces: list[Tensor]):
+        self.pieces = self._staged = pieces
+        self.in_place = len(pieces) == 1 and pieces[0].is_contiguous()
+        if self.in_place:
             self.message = as_bytes(pieces[0])
-            return
-        starts, stop = [], 0
-        for piece in pieces:
-            starts.append(-(-stop // self._ALIGNMENT) * self._ALIGNMENT)
-            stop = starts[-1] + piece.numel() * piece.element_size()
-        self.message = buffers.empty([stop], torch.uint8, pieces[0].device)
-        self._staged = [
-            self.message[start : start + piece.numel() * piece.element_size()].view(piece.dtype).view(piece.shape)
-            for start, piece in zip(starts, pieces, strict=True)
-        ]
+
+    def stage(self, memory: Tensor, start: int) -> int:
+        """Lay the message out in ``memory`` (bytes) from ``start`` on; the next multiple of 16 after its end is returned."""
+        self._staged, first = [], start
+        for piece in self.pieces:
+            start = _aligned(start)
+            stop = start + piece.numel() * piece.element_size()
+            self._staged.append(memory[start:stop].view(piece.dtype).view(piece.shape))
+            start = stop
+        self.message = memory[first:start]
+        return _aligned(start)
 
     def pack(self) -> Tensor:
         """The message, filled with the pieces."""
-        for piece, staged in zip(self._pieces, self._staged, strict=True):
-            if staged is not piece:
+        if not self.in_place:
+            for piece, staged in zip(self.pieces, self._staged, strict=True):
                 staged.copy_(piece)
         return self.message
 
     def unpack(self) -> None:
         """Put what has come to its place."""
-        for piece, staged in zip(self._pieces, self._staged, strict=True):
-            if staged is not piece:
+        if not self.in_place:
+            for piece, staged in zip(self.pieces, self._staged, strict=True):
                 piece.copy_(staged)
+
+
+def parcels(pieces: list[list[Tensor]], buffers: BufferPool) -> list[Parcel]:
+    """Messages of these pieces. Those that are not in place share one block of staging memory."""
+    made = [Parcel(of_message) for of_message in pieces]
+    staged = [parcel for parcel in made if not parcel.in_place]
+    if staged:
+        size = sum(_aligned(piece.numel() * piece.element_size()) for parcel in staged for piece in parcel.pieces)
+        memory, start = buffers.empty([size], torch.uint8, staged[0].pieces[0].device), 0
+        for parcel in staged:
+            start = parcel.stage(memory, start)
+    return made
+
+
+def _aligned(size: int) -> int:
+    """The next multiple of 16, after which any dtype may follow."""
+    return -(-size // 16) * 16
 
 
 def as_bytes(x: Tensor) -> Tensor:

@@ -8,9 +8,9 @@ those in one copy from process to process, where it takes a datatype through a b
 from __future__ import annotations
 
 import ctypes
-import math
 from collections import OrderedDict
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -31,7 +31,7 @@ class MpiTransport:
     name = "mpi"
     # Runs of at least so many bytes are messages of their own (benchmarks/reshard.py).
     _LEAST_RUN = 64 << 10
-    _KEPT = 128  # tensors of different shapes whose datatypes are kept; a model has a few
+    _KEPT = 128  # tensors of different shapes of which it is kept where the pieces lie; a model has a few
 
     def __init__(self, group: dist.ProcessGroup):
         """Collective over ``group``. Errors: UsageError where MPI is missing or has other ranks than torch.distributed."""
@@ -53,7 +53,7 @@ class MpiTransport:
         self._comm = MPI.COMM_WORLD.Create_group(members)
         self._rank, self._size = self._comm.rank, self._comm.size
         self._buffers = BufferPool()
-        self._datatypes: OrderedDict[tuple[Any, ...], list[Any]] = OrderedDict()
+        self._kept: OrderedDict[tuple[Any, ...], list[list[_Place]]] = OrderedDict()
         self._cuda_aware = _is_cuda_aware(MPI.__file__)
         self._word = {1: MPI.UINT8_T, 2: MPI.UINT16_T, 4: MPI.UINT32_T, 8: MPI.UINT64_T, 16: MPI.C_DOUBLE_COMPLEX}
 
@@ -61,8 +61,8 @@ class MpiTransport:
         if x.device.type != "cpu" and not (x.is_cuda and self._cuda_aware):
             library = self._mpi.Get_library_version().splitlines()[0].strip("\0 ")
             raise UsageError(
-                f'transport "mpi" cannot move a tensor on {x.device}: {library} is not CUDA-aware; use transport "torch", or an MPI '
-                "built for CUDA"
+                f'transport "mpi" cannot move a tensor on {x.device}: {library} is not CUDA-aware; use '
+                'transport "torch", or an MPI that was built for CUDA'
             )
 
     def begin(self, moves: list[Move]) -> End:
@@ -70,18 +70,20 @@ class MpiTransport:
         results = [move.result(self._rank, self._buffers) for move in moves]
         for device in {move.x.device for move in moves if move.x.is_cuda}:
             torch.cuda.current_stream(device).synchronize()  # MPI knows no streams: what it reads and writes must be idle
+        sent = [self._pieces(move, move.x, move.split, move.split_sizes) for move in moves]
+        received = [
+            self._pieces(move, result, move.gather, move.gather_sizes) for move, result in zip(moves, results, strict=True)
+        ]
         # The rank's own piece too: MPI copies it to its place.
         requests = []
         for distance in range(self._size):
             source = (self._rank - distance) % self._size
-            for move, result in zip(moves, results, strict=True):
-                for message in self._messages(move, result, move.gather, move.gather_sizes, source):
-                    requests.append(self._comm.Irecv(message, source))
+            for result, pieces in zip(results, received, strict=True):
+                requests += [self._comm.Irecv(message, source) for message in self._messages(result, pieces[source])]
         for distance in range(self._size):
             target = (self._rank + distance) % self._size
-            for move in moves:
-                for message in self._messages(move, move.x, move.split, move.split_sizes, target):
-                    requests.append(self._comm.Isend(message, target))
+            for move, pieces in zip(moves, sent, strict=True):
+                requests += [self._comm.Isend(message, target) for message in self._messages(move.x, pieces[target])]
 
         def end() -> list[Tensor]:
             self._mpi.Request.Waitall(requests)
@@ -90,37 +92,47 @@ class MpiTransport:
 
         return end
 
-    def _messages(self, move: Move, tensor: Tensor, dim: int, sizes: list[int], rank: int) -> list[list[Any]]:
-        """What MPI is to send or receive: the piece of ``tensor`` that is rank's shard of ``dim``, as (memory, count, datatype)."""
-        piece = tensor.split(sizes, dim)[rank]
+    def _messages(self, tensor: Tensor, places: list[_Place]) -> Iterator[list[Any]]:
+        """What MPI takes: memory, count and datatype."""
+        address = tensor.data_ptr()
+        return (
+            [self._mpi.buffer.fromaddress(address + place.start, place.bytes), place.elements, place.datatype] for place in places
+        )
+
+    def _pieces(self, move: Move, tensor: Tensor, dim: int, sizes: list[int]) -> list[list[_Place]]:
+        """Where each rank's shard of ``dim`` lies in ``tensor``, the source or the result of ``move``."""
+        key = (tensor.shape, tensor.element_size(), move.gather, move.split, dim)
+        kept = self._kept.get(key)
+        if kept is None:
+            kept = self._kept[key] = [self._places(move, tensor, piece) for piece in tensor.split(sizes, dim)]
+            if len(self._kept) > self._KEPT:
+                for places in self._kept.popitem(last=False)[1]:
+                    for place in places:
+                        if not place.datatype.is_predefined:
+                            place.datatype.Free()  # MPI keeps it until pending messages with it have gone
+        self._kept.move_to_end(key)
+        return kept
+
+    def _places(self, move: Move, tensor: Tensor, piece: Tensor) -> list[_Place]:
+        width, first = tensor.element_size(), int(tensor.storage_offset())
         if not piece.numel():
             return []
         if move.run(piece) >= self._LEAST_RUN:
-            return [[self._memory(run), self._mpi.BYTE] for run in move.runs(piece)]
-        return [[self._memory(tensor), 1, self._subarrays(tensor, dim, sizes)[rank]]]
+            size = move.run(piece)
+            return [_Place(int(run.storage_offset() - first) * width, size, size, self._mpi.BYTE) for run in move.runs(piece)]
+        start = piece.storage_offset() - first
+        starts = [start // stride % size for stride, size in zip(tensor.stride(), tensor.shape, strict=True)]
+        subarray = self._word[width].Create_subarray(tensor.shape, piece.shape, starts).Commit()
+        return [_Place(0, tensor.numel() * width, 1, subarray)]
 
-    def _memory(self, x: Tensor) -> Any:
-        return self._mpi.buffer.fromaddress(x.data_ptr(), x.numel() * x.element_size())
 
-    def _subarrays(self, tensor: Tensor, dim: int, sizes: list[int]) -> list[Any]:
-        """For each rank, the datatype of its shard of ``dim`` within a tensor of this shape."""
-        key = (tensor.shape, tensor.element_size(), dim, *sizes)
-        if key not in self._datatypes:
-            word = self._word[tensor.element_size()]
-            types, start = [], 0
-            for size in sizes:
-                piece, starts = list(tensor.shape), [0] * tensor.dim()
-                piece[dim], starts[dim] = size, start
-                # A subarray may not be empty, and is not sent then.
-                types.append(word.Create_subarray(tensor.shape, piece, starts).Commit() if math.prod(piece) else word)
-                start += size
-            self._datatypes[key] = types
-            if len(self._datatypes) > self._KEPT:
-                for datatype in self._datatypes.popitem(last=False)[1]:
-                    if not datatype.is_predefined:
-                        datatype.Free()  # MPI keeps it until pending messages with it have gone
-        self._datatypes.move_to_end(key)
-        return self._datatypes[key]
+class _Place(NamedTuple):
+    """Part of a contiguous tensor: so many elements of a datatype, within ``bytes`` bytes from byte ``start`` on."""
+
+    start: int
+    bytes: int
+    elements: int
+    datatype: Any
 
 
 def _is_cuda_aware(library: str) -> bool:

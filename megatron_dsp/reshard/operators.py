@@ -67,7 +67,9 @@ def _infer_all_reduce(x: Tensor, group: str, stage: str, operation: str) -> Tens
     return x.new_empty(x.shape)
 
 
-switch = _define(f"switch(Tensor[] xs, int[] gather, int[] split, SymInt[] sizes, {_WHERE}) -> Tensor[]", _switch, _infer_switch)
+switch = _define(
+    f"switch(Tensor[] xs, int[] gather, int[] split, SymInt[] sizes, {_WHERE}) -> Tensor[]", _switch, _infer_switch
+)
 gather = _define(f"gather(Tensor x, int dim, SymInt size, {_WHERE}) -> Tensor", _gather, _infer_gather)
 reduce_scatter = _define(f"reduce_scatter(Tensor x, int dim, {_WHERE}) -> Tensor", _reduce_scatter, _infer_reduce_scatter)
 all_reduce = _define(f"all_reduce(Tensor x, {_WHERE}) -> Tensor", _all_reduce, _infer_all_reduce)

@@ -29,7 +29,9 @@ from megatron_dsp.reshard.exchange import exchange_of
 
 
 @overload
-def switch(x: Tensor, *, gather: int, split: int, size: int, group: dist.ProcessGroup | None = None, stage: str = "") -> Tensor: ...
+def switch(
+    x: Tensor, *, gather: int, split: int, size: int, group: dist.ProcessGroup | None = None, stage: str = ""
+) -> Tensor: ...
 
 
 @overload

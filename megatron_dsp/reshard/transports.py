@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterator
-from typing import Protocol
+from typing import Protocol, cast
 
 import torch
 import torch.distributed as dist
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from megatron_dsp.errors import UsageError
 from megatron_dsp.reshard.buffers import BufferPool
-from megatron_dsp.reshard.moves import Move, Parcel
+from megatron_dsp.reshard.moves import Move, Parcel, parcels
 
 End = Callable[[], list[Tensor]]  # waits for what was begun and returns its results; to be called once
 Pieces = list[tuple[Tensor, ...]]  # of each move, of each rank
@@ -34,11 +34,6 @@ class Transport(Protocol):
 
         Several may be under way, begun in the same order on every rank. Sources must not change before the end.
         """
-
-
-def peers(rank: int, size: int, step: int) -> Iterator[int]:
-    """The other ranks, the nearest one in the direction of ``step`` (1 or -1) first, so that not all send to the same one."""
-    return ((rank + step * distance) % size for distance in range(1, size))
 
 
 class TorchTransport:
@@ -64,8 +59,8 @@ class TorchTransport:
         backend = self._backends.get(x.device.type)
         if backend is None or (x.is_cuda and backend == "gloo"):
             raise UsageError(
-                f'transport "torch" cannot move a tensor on {x.device}: the backends of its group are {self._backends}; move it '
-                "to a device that has one, or start torch.distributed with one for that device (NCCL for CUDA, Gloo for CPU)"
+                f'transport "torch" cannot move a tensor on {x.device}: the backends of its group are {self._backends}; '
+                "start torch.distributed with one for that device (NCCL for CUDA, Gloo for the CPU), or move the tensor"
             )
 
     def begin(self, moves: list[Move]) -> End:
@@ -89,13 +84,14 @@ class TorchTransport:
     def _post_messages(
         self, moves: list[Move], sources: Pieces, targets: Pieces, group: dist.ProcessGroup
     ) -> Callable[[], None]:
-        receives, sends = [], []
-        for peer in peers(self._rank, self._size, -1):
-            for parcel in self._parcels(moves, targets, peer):
-                receives.append((parcel, dist.irecv(parcel.message, group=group, group_src=peer, tag=self._TAG)))
-        for peer in peers(self._rank, self._size, 1):
-            for parcel in self._parcels(moves, sources, peer):
-                sends.append(dist.isend(parcel.pack(), group=group, group_dst=peer, tag=self._TAG))
+        receives = [
+            (parcel, cast(dist.Work, dist.irecv(parcel.message, group=group, group_src=peer, tag=self._TAG)))
+            for peer, parcel in self._parcels(moves, targets, -1)
+        ]
+        sends = [
+            cast(dist.Work, dist.isend(parcel.pack(), group=group, group_dst=peer, tag=self._TAG))
+            for peer, parcel in self._parcels(moves, sources, 1)
+        ]
 
         def wait() -> None:
             for parcel, work in receives:
@@ -106,33 +102,36 @@ class TorchTransport:
 
         return wait
 
-    def _parcels(self, moves: list[Move], pieces: Pieces, peer: int) -> Iterator[Parcel]:
-        for move, of_ranks in zip(moves, pieces, strict=True):
-            piece = of_ranks[peer]
-            if piece.numel():
-                for part in move.runs(piece) if move.run(piece) >= self._LEAST_RUN else [piece]:
-                    yield Parcel([part], self._buffers)
+    def _parcels(self, moves: list[Move], pieces: Pieces, step: int) -> Iterator[tuple[int, Parcel]]:
+        """The messages to or from each other rank, the nearest in the direction of ``step`` first: not all to the same one."""
+        to, messages = [], []
+        for peer in ((self._rank + step * distance) % self._size for distance in range(1, self._size)):
+            for move, of_ranks in zip(moves, pieces, strict=True):
+                piece = of_ranks[peer]
+                if piece.numel():
+                    parts = move.runs(piece) if move.run(piece) >= self._LEAST_RUN else [piece]
+                    to += [peer] * len(parts)
+                    messages += [[part] for part in parts]
+        return zip(to, parcels(messages, self._buffers), strict=True)
 
     def _post_all_to_all(
         self, moves: list[Move], sources: Pieces, targets: Pieces, group: dist.ProcessGroup
     ) -> Callable[[], None]:
         nothing = moves[0].x.new_empty(0, dtype=torch.uint8)
-        ranks = range(self._size)
-        sent, received = (
-            {rank: Parcel([of_ranks[rank] for of_ranks in pieces], self._buffers) for rank in ranks if rank != self._rank}
-            for pieces in (sources, targets)
+        others = [rank for rank in range(self._size) if rank != self._rank]
+        received, sent = (
+            parcels([[of_ranks[rank] for of_ranks in pieces] for rank in others], self._buffers)
+            for pieces in (targets, sources)
         )
-        work = dist.all_to_all(
-            [received[rank].message if rank in received else nothing for rank in ranks],
-            [sent[rank].pack() if rank in sent else nothing for rank in ranks],
-            group=group,
-            async_op=True,
-        )
+        outputs, inputs = [parcel.message for parcel in received], [parcel.pack() for parcel in sent]
+        for messages in (outputs, inputs):
+            messages.insert(self._rank, nothing)
+        work = dist.all_to_all(outputs, inputs, group=group, async_op=True)
 
         def wait() -> None:
             work.wait()
-            sent.clear()  # kept until now: the collective runs on another stream
-            for parcel in received.values():
+            inputs.clear()  # kept until now: the collective runs on another stream
+            for parcel in received:
                 parcel.unpack()
 
         return wait

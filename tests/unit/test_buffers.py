@@ -50,7 +50,7 @@ def test_the_pool_holds_no_more_than_was_in_use_at_once():
         kept = [pool.empty([N + 1024 * (step % 17)], *LIKE) for _ in range(3)]
         del kept
     pool.empty([N], *LIKE)
-    held = sum(block.numel() for block in pool._free) + sum(block.numel() for block in pool._returned)
+    held = sum(block.nbytes for block in pool._free) + sum(block.nbytes for block in pool._returned)
     assert held <= pool._most_leased <= 3 * 4 * (N + 1024 * 17)
 
 
