@@ -245,12 +245,12 @@ class VideoDiT(nn.Module):
     def _check_frames(self, frames: int, region: Region, token_frames: int) -> None:
         """Refuse frames that are not those of this rank's token frames."""
         depth = self.config.patch[0]
-        shard = region.local(torch.arange(token_frames, device="cpu"), dim=0, name="time").tolist()
-        most = len(shard) * depth
-        least = most - depth + 1 if shard and shard[-1] == token_frames - 1 else most
+        start, stop = region.range("time")
+        most = (stop - start) * depth
+        least = most - depth + 1 if start < stop == token_frames else most
         if not least <= frames <= most:
             raise ValueError(
-                f"video has {frames} frames, but {len(shard)} of the clip's {token_frames} token frames (of {depth} "
+                f"video has {frames} frames, but {stop - start} of the clip's {token_frames} token frames (of {depth} "
                 f"frames each) belong here: give it {least} to {most} frames, or timesteps for other token frames"
             )
 

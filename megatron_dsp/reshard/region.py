@@ -32,12 +32,17 @@ class Region:
             return primitives.gather(x, dim=whole, size=size, group=self.group, stage=stage)
         return primitives.switch(x, gather=whole, split=now.index(dim), size=size, group=self.group, stage=stage)
 
+    def range(self, name: str) -> tuple[int, int]:
+        """The half-open range of global indices of the dim named ``name`` that this rank holds now."""
+        size = self.layout.size(name)
+        if self.group is None or name != self.layout.sharded:
+            return 0, size
+        return shard_range(size, self.group.size(), self.group.rank())
+
     def local(self, tensor: Tensor, *, dim: int, name: str) -> Tensor:
         """The part of a side input that belongs to this rank now: ``dim`` of it is the dim named ``name``.
 
         The whole ``tensor`` where that dim is not the one sharded now.
         """
-        if self.group is None or name != self.layout.sharded:
-            return tensor
-        start, stop = shard_range(self.layout.size(name), self.group.size(), self.group.rank())
+        start, stop = self.range(name)
         return tensor.narrow(dim, start, stop - start)

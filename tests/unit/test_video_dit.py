@@ -337,11 +337,15 @@ class ThreadRegion:
         self.layout = self.layout.with_sharded(dim)
         return whole.tensor_split(group.ranks, dim=self.layout.index(dim))[rank].contiguous()
 
-    def local(self, tensor: Tensor, *, dim: int, name: str) -> Tensor:
+    def range(self, name: str) -> tuple[int, int]:
+        size = self.layout.size(name)
         if self.member is None or name != self.layout.sharded:
-            return tensor
+            return 0, size
         group, rank = self.member
-        start, stop = shard_range(tensor.shape[dim], group.ranks, rank)
+        return shard_range(size, group.ranks, rank)
+
+    def local(self, tensor: Tensor, *, dim: int, name: str) -> Tensor:
+        start, stop = self.range(name)
         return tensor.narrow(dim, start, stop - start)
 
 
