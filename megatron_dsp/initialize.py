@@ -11,6 +11,7 @@ from megatron_dsp.errors import UsageError
 from megatron_dsp.mesh import Mesh
 from megatron_dsp.reshard.exchange import exchange_of
 from megatron_dsp.reshard.mpi_transport import MpiTransport
+from megatron_dsp.reshard.transports import TorchTransport
 
 
 def initialize(config: str | Path | dict[str, Any] | configs.Config) -> Mesh:
@@ -29,8 +30,25 @@ def initialize(config: str | Path | dict[str, Any] | configs.Config) -> Mesh:
         raise UsageError(
             f"dsp.initialize was called before with other degrees: it made {mesh}, and now gets {settings.degrees}"
         )
-    if settings.sequence_parallel.transport == "mpi":
-        exchange = exchange_of(mesh.group("sequence"))
-        if exchange.transport.name != "mpi":
-            exchange.transport = MpiTransport(mesh.group("sequence"))
+    _set_transport(mesh, settings.sequence_parallel.transport)
     return mesh
+
+
+def _set_transport(mesh: Mesh, wanted: str) -> None:
+    group = mesh.group("sequence")
+    exchange = exchange_of(group)
+    name, exchange.transport_reason = _best_transport(mesh) if wanted == "auto" else (wanted, "the config asks for it")
+    if exchange.transport.name != name:
+        exchange.transport = MpiTransport(group) if name == "mpi" else TorchTransport(group)
+
+
+def _best_transport(mesh: Mesh) -> tuple[str, str]:
+    """The name of the transport that "auto" means here, and why; the same on every rank."""
+    launcher = mesh.process.launcher
+    if mesh.size("sequence") == 1:
+        return "torch", "a sequence group of one rank moves nothing"
+    if mesh.device.type != "cpu":
+        return "torch", f"tensors are on {mesh.device.type}"
+    if launcher != "mpirun":
+        return "torch", f"tensors are on the CPU, but mpirun did not start this job ({launcher})"
+    return "mpi", "tensors are on the CPU, and mpirun started this job"

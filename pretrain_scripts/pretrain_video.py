@@ -22,6 +22,7 @@ import megatron_dsp as dsp
 from megatron_dsp import launch
 from megatron_dsp.data import Clips, VideoBatch, VideoBatches, open_videos
 from megatron_dsp.models.video_dit import PRESETS, VideoDiT, VideoDiTConfig
+from megatron_dsp.reshard.exchange import exchange_of
 from megatron_dsp.training import arguments as flags
 from megatron_dsp.training import rectified_flow
 from megatron_dsp.training.log import TrainingLog
@@ -203,6 +204,8 @@ def main() -> None:
             f"{len(workload.validation.clips)} for validation | global batch size {train_size} = micro batch {micro} x "
             f"accumulation {steps} x data {mesh.size('data')}"
         )
+        exchange = exchange_of(mesh.group("sequence"))
+        log.message(f"{mesh} | switches through {exchange.transport.name}: {exchange.transport_reason}")
         progress = train(engine, workload, mesh, arguments, log)
         if arguments.sample_steps and progress.iteration >= arguments.train_iters:  # not after a SIGTERM
             engine.eval()

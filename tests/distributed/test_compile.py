@@ -22,7 +22,7 @@ class _Mixer(nn.Module):
         self.layers = nn.ModuleList(nn.Linear(4, 4, dtype=torch.float64) for _ in range(3))
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
-        group, (T, B, S, _) = self.group, x.shape
+        group, (T, _, S, _) = self.group, x.shape
         x, mask = (dsp.split(whole, dim=0, group=group) for whole in (x, mask))
         x = torch.tanh(self.layers[0](x))
         x, mask = dsp.switch((x, mask), gather=0, split=2, size=T, group=group)
@@ -78,7 +78,11 @@ def _video_dit(T: int) -> None:
         for parameter in model.parameters():
             parameter += 0.2 * torch.randn_like(parameter)
     video = torch.randn(T, 2, 3, 4, 6, dtype=torch.float64)
-    side = (torch.rand(T, 2, dtype=torch.float64), torch.randn(2, 3, 6, dtype=torch.float64), torch.ones(2, 3, dtype=torch.bool))
+    side = (
+        torch.rand(T, 2, dtype=torch.float64),
+        torch.randn(2, 3, 6, dtype=torch.float64),
+        torch.ones(2, 3, dtype=torch.bool),
+    )
     start, stop = dsp.shard_range(T, dist.get_world_size(), dist.get_rank())
 
     def run(m: nn.Module) -> Tensor:

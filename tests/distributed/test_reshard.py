@@ -10,6 +10,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import megatron_dsp as dsp
+from megatron_dsp.reshard import transports
+from megatron_dsp.reshard.exchange import exchange_of
 
 DTYPES = [
     torch.float32,
@@ -81,6 +83,93 @@ def _move(shape, gather, split, dtype, storage, seed):
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_every_movement_is_bitwise_the_slice_of_the_whole(ranks, movement):
     ranks(movement[0], _move, *movement[1:])
+
+
+def _together(sizes: tuple[int, int]) -> None:
+    """Queries, keys, values (fewer heads, half precision) and a mask, [T, heads, S, ...]: one collective each way."""
+    group = dist.group.WORLD
+    rank, size = group.rank(), group.size()
+    T, S = sizes
+    wholes = [torch.randn(T, 4, S, 3, dtype=torch.float64), torch.randn(T, 2, S, 5).bfloat16(), torch.rand(T, 1, S) < 0.5]
+    xs = [dsp.split(whole, dim=0, group=group).clone() for whole in wholes]
+    xs[0].requires_grad_()
+    frozen = torch.randn(xs[0].shape, dtype=torch.float64)
+    with dsp.ledger() as moved:
+        ys = dsp.switch([*xs, frozen], gather=0, split=2, size=T, group=group)
+        (ys[0] ** 2 * ys[3].detach()).sum().backward()
+    assert isinstance(ys, tuple)
+    for whole, y in zip(wholes, ys, strict=False):
+        assert torch.equal(y, whole.tensor_split(size, 2)[rank])
+    assert [y.requires_grad for y in ys] == [True, False, False, False]
+    assert torch.equal(xs[0].grad, 2 * xs[0].detach() * frozen)
+    T_r, S_r = (dsp.shard_sizes(n, size)[rank] for n in sizes)
+    token = 4 * 3 * 8
+    assert moved.by("operation") == {
+        "switch": (1, T_r * (S - S_r) * (2 * token + 2 * 5 * 2 + 1)),
+        "switch adjoint": (1, (T - T_r) * S_r * token),
+    }
+    assert dsp.switch([], gather=0, split=1, size=3, group=group) == ()
+
+
+@pytest.mark.parametrize("sizes", [(4, 8), (5, 3), (1, 7)])
+@pytest.mark.parametrize("size", [2, 3])
+def test_several_tensors_in_one_switch(ranks, size, sizes):
+    ranks(size, _together, sizes)
+
+
+def _lazy_flags() -> None:
+    group = dist.group.WORLD
+    whole = torch.randn(4, 6, dtype=torch.complex64)
+    for lazy in (whole.conj(), whole.conj().imag):  # torch keeps the conjugation and the minus sign as flags of a view
+        assert lazy.is_conj() or lazy.is_neg()
+        y = dsp.switch(dsp.split(lazy, dim=0, group=group), gather=0, split=1, size=4, group=group)
+        assert torch.equal(y, lazy.tensor_split(group.size(), 1)[group.rank()])
+        assert torch.equal(dsp.gather(y, dim=1, size=6, group=group), lazy)
+
+
+def test_views_that_are_conjugated_or_negated_lazily(ranks):
+    ranks(2, _lazy_flags)
+
+
+def _through_lists(moves: int) -> None:
+    """The way that CUDA tensors take, over Gloo: only the all-to-all itself is made of sends and receives here."""
+    group = dist.group.WORLD
+    rank, size = group.rank(), group.size()
+
+    class Works(list):
+        def wait(self) -> None:
+            for work in self:
+                work.wait()
+
+    def all_to_all(received, sent, *, group, async_op):
+        assert async_op
+        assert received[rank].numel() == sent[rank].numel() == 0, "the own piece stays here"
+        assert all(message.is_contiguous() and message.dtype == torch.uint8 for message in (*received, *sent))
+        peers = [peer for peer in range(size) if peer != rank]
+        return Works(
+            [dist.irecv(received[peer], group=group, group_src=peer) for peer in peers]
+            + [dist.isend(sent[peer], group=group, group_dst=peer) for peer in peers]
+        )
+
+    transport = exchange_of(group).transport
+    transport._post_messages = transport._post_all_to_all
+    transports.dist.all_to_all, original = all_to_all, dist.all_to_all
+    try:
+        for T, S in ((4, 6), (5, 3), (2, 7)):
+            for gather, split in ((0, 2), (2, 0)):
+                dtypes = [torch.float32, torch.bool, torch.float64][:moves]
+                wholes = [(10 * torch.randn(T, 2, S, 3)).to(dtype) for dtype in dtypes]
+                xs = [dsp.split(whole, dim=gather, group=group) for whole in wholes]
+                ys = dsp.switch(xs, gather=gather, split=split, size=(T, 2, S)[gather], group=group)
+                for whole, y in zip(wholes, ys, strict=True):
+                    assert torch.equal(y, whole.tensor_split(size, split)[rank])
+    finally:
+        dist.all_to_all = original
+
+
+@pytest.mark.parametrize("moves", [1, 3])
+def test_messages_of_the_all_to_all_on_cuda(ranks, moves):
+    ranks(3, _through_lists, moves)
 
 
 class _Program(nn.Module):
@@ -236,6 +325,7 @@ def _refusals() -> list[str]:
         lambda: dsp.mean(x.long(), dim=0, size=4, group=group),
         lambda: dsp.split(x, dim=0, group=mesh.group("tensor")),
         lambda: dsp.split(x, dim=0),
+        lambda: dsp.switch(x.to_sparse(), gather=1, split=0, size=8, group=group),
     ):
         with pytest.raises(ValueError) as error:  # noqa: PT011 - the texts are compared below
             call()
@@ -244,7 +334,7 @@ def _refusals() -> list[str]:
 
 
 def test_refusals_name_the_value_the_rule_and_the_fix(ranks):
-    signs = ["both dim 1", "gather=3", "size=12", "size=9", "int64", "tensor group", "no current mesh"]
+    signs = ["both dim 1", "gather=3", "size=12", "size=9", "int64", "tensor group", "no current mesh", "torch.sparse_coo"]
     for messages in ranks(4, _refusals):
         for sign, message in zip(signs, messages, strict=True):
             assert sign in message
