@@ -199,7 +199,7 @@ def main() -> None:
     arguments = parser.parse_args()
     process = launch.start()
     size = process.world_size
-    mesh = dsp.initialize({"sequence_parallel": {"size": size}})
+    mesh = dsp.initialize({"sequence_parallel": {"size": size, "transport": "torch"}})
     if process.launcher == "mpirun" and mesh.device.type == "cpu":
         group = mesh.group("data", "sequence")  # the same ranks, with a transport of its own
         exchange_of(group).transport = MpiTransport(group)

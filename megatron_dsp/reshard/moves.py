@@ -37,7 +37,8 @@ class Move(NamedTuple):
 
     def sent_to_others(self, rank: int) -> int:
         """The bytes that leave ``rank``."""
-        return (self.x.numel() - self.sources()[rank].numel()) * self.x.element_size()
+        size = self.x.shape[self.split]
+        return self.x.nbytes // size * (size - self.split_sizes[rank]) if size else 0
 
     def run(self, piece: Tensor) -> int:
         """The bytes of ``piece`` that are contiguous at both ends: those from the later one of the two dims on."""
