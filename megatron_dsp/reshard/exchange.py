@@ -83,7 +83,7 @@ class Exchange:
             self.transport.check(x)
         moves = [
             Move(
-                x.resolve_conj().resolve_neg(),  # their bytes say nothing of those flags
+                _plain(x),
                 gather_dim,
                 split_dim,
                 shard_sizes(size, self.size),
@@ -98,7 +98,7 @@ class Exchange:
     def gather(self, x: Tensor, dim: int, size: int, stage: str, operation: str) -> Tensor:
         """The whole tensor, of which every rank has its shard of ``dim``."""
         shapes = shard_shapes(x.shape, dim, shard_sizes(size, self.size))
-        send = x.contiguous().view(-1)
+        send = _plain(x).contiguous().view(-1)
         received = send.new_empty(sum(counts(shapes)))
         if len(set(shapes)) == 1:
             _all_gather(as_bytes(received), as_bytes(send), group=self.group)
@@ -119,7 +119,7 @@ class Exchange:
     def reduce_scatter(self, x: Tensor, dim: int, stage: str, operation: str) -> Tensor:
         """This rank's shard of ``dim`` of the sum over ranks of ``x``."""
         shapes = shard_shapes(x.shape, dim, shard_sizes(x.shape[dim], self.size))
-        send, send_sizes = pack(x, dim, shapes), counts(shapes)
+        send, send_sizes = pack(_plain(x), dim, shapes), counts(shapes)
         own, width = send_sizes[self.rank], send.element_size()
         self._count(stage, operation, (send.numel() - own) * width)
         if len(set(send_sizes)) == 1:
@@ -134,7 +134,7 @@ class Exchange:
 
     def all_reduce(self, x: Tensor, stage: str, operation: str) -> Tensor:
         """The sum of ``x`` over all ranks."""
-        total = x.contiguous().clone()
+        total = _plain(x).clone(memory_format=torch.contiguous_format)
         dist.all_reduce(total, group=self.group)
         self._count(stage, operation, 2 * (self.size - 1) * x.numel() * x.element_size() // self.size)
         return total
@@ -142,3 +142,8 @@ class Exchange:
     def _count(self, stage: str, operation: str, sent: int) -> None:
         calls, sent_before = self.counts.get((stage, operation), (0, 0))
         self.counts[stage, operation] = (calls + 1, sent_before + sent)
+
+
+def _plain(x: Tensor) -> Tensor:
+    """``x`` without a pending conjugation or minus sign, which its bytes do not show."""
+    return x.resolve_conj().resolve_neg()

@@ -85,6 +85,7 @@ class MpiTransport:
             target = (self._rank + distance) % self._size
             for move, pieces in zip(moves, sent, strict=True):
                 requests += [self._comm.Isend(message, target) for message in self._messages(move.x, pieces[target])]
+        self._forget()
 
         def end() -> list[Tensor]:
             self._mpi.Request.Waitall(requests)
@@ -107,13 +108,15 @@ class MpiTransport:
         kept = self._kept.get(key)
         if kept is None:
             kept = self._kept[key] = [self._places(move, tensor, piece) for piece in tensor.split(sizes, dim)]
-            if len(self._kept) > self._KEPT:
-                for places in self._kept.popitem(last=False)[1]:
-                    for place in places:
-                        if not place.datatype.is_predefined:
-                            place.datatype.Free()  # MPI keeps it until pending messages with it have gone
         self._kept.move_to_end(key)
         return kept
+
+    def _forget(self) -> None:
+        while len(self._kept) > self._KEPT:
+            for places in self._kept.popitem(last=False)[1]:
+                for place in places:
+                    if not place.datatype.is_predefined:
+                        place.datatype.Free()  # MPI keeps it until the messages under way with it have gone
 
     def _places(self, move: Move, tensor: Tensor, piece: Tensor) -> list[_Place]:
         width, first = tensor.element_size(), int(tensor.storage_offset())

@@ -88,16 +88,16 @@ class TorchTransport:
             (parcel, cast(dist.Work, dist.irecv(parcel.message, group=group, group_src=peer, tag=self._TAG)))
             for peer, parcel in self._parcels(moves, targets, -1)
         ]
-        sends = [
-            cast(dist.Work, dist.isend(parcel.pack(), group=group, group_dst=peer, tag=self._TAG))
-            for peer, parcel in self._parcels(moves, sources, 1)
-        ]
+        sends = []
+        for peer, parcel in self._parcels(moves, sources, 1):
+            message = parcel.pack()
+            sends.append((message, cast(dist.Work, dist.isend(message, group=group, group_dst=peer, tag=self._TAG))))
 
         def wait() -> None:
             for parcel, work in receives:
                 work.wait()
                 parcel.unpack()
-            for work in sends:
+            for _, work in sends:
                 work.wait()
 
         return wait

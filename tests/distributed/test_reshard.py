@@ -124,7 +124,10 @@ def _lazy_flags() -> None:
         assert lazy.is_conj() or lazy.is_neg()
         y = dsp.switch(dsp.split(lazy, dim=0, group=group), gather=0, split=1, size=4, group=group)
         assert torch.equal(y, lazy.tensor_split(group.size(), 1)[group.rank()])
-        assert torch.equal(dsp.gather(y, dim=1, size=6, group=group), lazy)
+        own = lazy.tensor_split(group.size(), 1)[group.rank()]
+        assert torch.equal(dsp.gather(own, dim=1, size=6, group=group), lazy)
+    total = dsp.mean(whole.conj(), dim=0, size=8, group=group)  # each rank holds four of eight
+    assert torch.allclose(total, whole.conj().mean(0))
 
 
 def test_views_that_are_conjugated_or_negated_lazily(ranks):
