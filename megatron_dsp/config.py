@@ -22,7 +22,7 @@ _BUILT: dict[str, tuple[tuple[object, ...], tuple[object, ...]]] = {
     "transport": (("auto", "torch", "mpi"), ("auto", "torch", "mpi")),
     "overlap.enabled": (("auto", True, False), ("auto", False)),
     "overlap.chunks": (("auto", 1), ("auto", 1)),
-    "check_collectives": ((True, False), (False,)),
+    "check_collectives": ((True, False), (True, False)),
 }
 
 # Keys of DeepSpeed's own that would reduce gradients over other groups than data x sequence.

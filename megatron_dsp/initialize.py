@@ -9,6 +9,7 @@ from megatron_dsp import config as configs
 from megatron_dsp import mesh as meshes
 from megatron_dsp.errors import UsageError
 from megatron_dsp.mesh import Mesh
+from megatron_dsp.reshard.agreement import Agreement
 from megatron_dsp.reshard.exchange import exchange_of
 from megatron_dsp.reshard.mpi_transport import MpiTransport
 from megatron_dsp.reshard.transports import TorchTransport
@@ -31,6 +32,8 @@ def initialize(config: str | Path | dict[str, Any] | configs.Config) -> Mesh:
             f"dsp.initialize was called before with other degrees: it made {mesh}, and now gets {settings.degrees}"
         )
     _set_transport(mesh, settings.sequence_parallel.transport)
+    group = mesh.group("sequence")
+    exchange_of(group).agreement = Agreement(group) if settings.sequence_parallel.check_collectives else None
     return mesh
 
 

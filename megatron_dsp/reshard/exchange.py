@@ -13,6 +13,7 @@ from torch import Tensor
 
 from megatron_dsp.errors import UsageError
 from megatron_dsp.layout import shard_sizes
+from megatron_dsp.reshard.agreement import Agreement
 from megatron_dsp.reshard.moves import Move, as_bytes
 from megatron_dsp.reshard.packing import counts, pack, shard_shapes, unpack
 from megatron_dsp.reshard.transports import TorchTransport, Transport
@@ -61,6 +62,7 @@ class Exchange:
         self.name = group.group_desc
         self.transport: Transport = TorchTransport(group)
         self.transport_reason = "no config was given"
+        self.agreement: Agreement | None = None  # with "check_collectives"
         self.counts: dict[tuple[str, str], tuple[int, int]] = {}
 
     @property
@@ -81,6 +83,9 @@ class Exchange:
                     "only from one device: convert it first"
                 )
             self.transport.check(x)
+        if self.agreement is not None:
+            wholes = (_whole(x, dim, size) for x, dim, size in zip(xs, gather, sizes, strict=True))
+            self.agreement.check(_text(operation, stage, *wholes, f"gather {gather}, split {split}"))
         moves = [
             Move(
                 _plain(x),
@@ -97,6 +102,8 @@ class Exchange:
 
     def gather(self, x: Tensor, dim: int, size: int, stage: str, operation: str) -> Tensor:
         """The whole tensor, of which every rank has its shard of ``dim``."""
+        if self.agreement is not None:
+            self.agreement.check(_text(operation, stage, _whole(x, dim, size), f"dim {dim}"))
         shapes = shard_shapes(x.shape, dim, shard_sizes(size, self.size))
         send = _plain(x).contiguous().view(-1)
         received = send.new_empty(sum(counts(shapes)))
@@ -118,6 +125,8 @@ class Exchange:
 
     def reduce_scatter(self, x: Tensor, dim: int, stage: str, operation: str) -> Tensor:
         """This rank's shard of ``dim`` of the sum over ranks of ``x``."""
+        if self.agreement is not None:
+            self.agreement.check(_text(operation, stage, _whole(x, dim, x.shape[dim]), f"dim {dim}"))
         shapes = shard_shapes(x.shape, dim, shard_sizes(x.shape[dim], self.size))
         send, send_sizes = pack(_plain(x), dim, shapes), counts(shapes)
         own, width = send_sizes[self.rank], send.element_size()
@@ -134,6 +143,8 @@ class Exchange:
 
     def all_reduce(self, x: Tensor, stage: str, operation: str) -> Tensor:
         """The sum of ``x`` over all ranks."""
+        if self.agreement is not None:
+            self.agreement.check(_text(operation, stage, f"{list(x.shape)} {x.dtype}"))
         total = _plain(x).clone(memory_format=torch.contiguous_format)
         dist.all_reduce(total, group=self.group)
         self._count(stage, operation, 2 * (self.size - 1) * x.numel() * x.element_size() // self.size)
@@ -147,3 +158,12 @@ class Exchange:
 def _plain(x: Tensor) -> Tensor:
     """``x`` without a pending conjugation or minus sign, which its bytes do not show."""
     return x.resolve_conj().resolve_neg()
+
+
+def _text(operation: str, stage: str, *about: str) -> str:
+    """A collective in words that are the same on all ranks."""
+    return ", ".join([operation, *([f"stage {stage!r}"] if stage else []), *about])
+
+
+def _whole(x: Tensor, dim: int, size: int) -> str:
+    return f"whole shape {[*x.shape[:dim], size, *x.shape[dim + 1 :]]} {x.dtype}"

@@ -21,7 +21,7 @@ KEYS = {
     "sequence_parallel.transport": ["auto", "torch"],
     "sequence_parallel.overlap.enabled": ["auto", False],
     "sequence_parallel.overlap.chunks": ["auto", 1],
-    "sequence_parallel.check_collectives": [False],
+    "sequence_parallel.check_collectives": [False, True],
     "mesh.tensor": [1, 2, 64],
     "mesh.pipe": [1, 2, 64],
 }
@@ -141,7 +141,6 @@ def test_a_value_of_the_wrong_kind_is_named_with_the_rule(key, value, rule):
         ("plan", "plan.json", "is not built yet", '"auto"'),
         ("overlap.enabled", True, "is not built yet", '"auto", false'),
         ("overlap.chunks", 4, "is not built yet", '"auto", 1'),
-        ("check_collectives", True, "is not built yet", "false"),
     ],
 )
 def test_what_is_not_built_is_refused_with_what_is(key, value, reason, built):

@@ -1,0 +1,5 @@
+"""Attention over the sharded dim itself, for stages that attend over it."""
+
+from megatron_dsp.embedded.ulysses import ulysses
+
+__all__ = ["ulysses"]
