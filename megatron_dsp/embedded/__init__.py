@@ -1,5 +1,6 @@
 """Attention over the sharded dim itself, for stages that attend over it."""
 
+from megatron_dsp.embedded.ring import ring
 from megatron_dsp.embedded.ulysses import ulysses
 
-__all__ = ["ulysses"]
+__all__ = ["ring", "ulysses"]

@@ -6,6 +6,7 @@ Bytes are moved as bytes, so every dtype travels, bitwise; only sums know their 
 from __future__ import annotations
 
 import weakref
+from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
@@ -21,6 +22,8 @@ from megatron_dsp.reshard.transports import TorchTransport, Transport
 # torch 2.13 renames these two and warns at the old names.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
+_ROTATION_TAG = 0xD7  # keeps rotations apart from other messages between the same ranks
 
 _exchanges: weakref.WeakKeyDictionary[dist.ProcessGroup, Exchange] = weakref.WeakKeyDictionary()
 _by_name: weakref.WeakValueDictionary[str, Exchange] = weakref.WeakValueDictionary()
@@ -99,6 +102,28 @@ class Exchange:
         moved = self.transport.begin(moves)()
         self._count(stage, operation, sum(move.sent_to_others(self.rank) for move in moves))
         return moved
+
+    def rotate(self, xs: list[Tensor], stage: str, operation: str) -> Callable[[], list[Tensor]]:
+        """Start sending each tensor to the next rank of the group. What is returned waits for those of the previous rank.
+
+        Tensors are contiguous, of equal shapes on all ranks, and must not change before that.
+        """
+        if self.agreement is not None:
+            self.agreement.check(_text(operation, stage, *(f"{list(x.shape)} {x.dtype}" for x in xs)))
+        received = [torch.empty_like(x) for x in xs]
+        group, after, before = self.group, (self.rank + 1) % self.size, (self.rank - 1) % self.size
+        works = dist.batch_isend_irecv(
+            [dist.P2POp(dist.irecv, as_bytes(x), group=group, group_peer=before, tag=_ROTATION_TAG) for x in received]
+            + [dist.P2POp(dist.isend, as_bytes(x), group=group, group_peer=after, tag=_ROTATION_TAG) for x in xs]
+        )
+        self._count(stage, operation, sum(x.nbytes for x in xs))
+
+        def end() -> list[Tensor]:
+            for work in works:
+                work.wait()
+            return received
+
+        return end
 
     def gather(self, x: Tensor, dim: int, size: int, stage: str, operation: str) -> Tensor:
         """The whole tensor, of which every rank has its shard of ``dim``."""
