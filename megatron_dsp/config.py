@@ -17,7 +17,7 @@ from megatron_dsp.errors import UsageError
 
 # What the design names, and of it what is built. A value in the first and not in the second is refused by name.
 _BUILT: dict[str, tuple[tuple[object, ...], tuple[object, ...]]] = {
-    "backend": (("dsp", "ulysses", "ring"), ("dsp",)),
+    "backend": (("dsp", "ulysses", "ring"), ("dsp", "ulysses", "ring")),
     "plan": (("auto",), ("auto",)),
     "transport": (("auto", "torch", "mpi"), ("auto", "torch", "mpi")),
     "overlap.enabled": (("auto", True, False), ("auto", False)),

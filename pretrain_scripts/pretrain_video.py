@@ -55,8 +55,9 @@ def parse() -> argparse.Namespace:
 class VideoPretraining:
     """The workload: rectified flow on the frames of clips, each rank on its own frames."""
 
-    def __init__(self, arguments: argparse.Namespace, model: VideoDiTConfig, mesh: dsp.Mesh):
+    def __init__(self, arguments: argparse.Namespace, model: VideoDiTConfig, mesh: dsp.Mesh, backend: str):
         self.group = mesh.group("sequence")
+        self.backend = backend
         self.device = mesh.device
         self.total = arguments.num_frames
         self.patch_time = model.patch[0]
@@ -92,6 +93,7 @@ class VideoPretraining:
             batch.conditioning_mask,
             batch.conditioning_drop,
             group=self.group,
+            backend=self.backend,
         )
         active = (every > 0).sum(dim=(0, 2, 3, 4))
         return rectified_flow.velocity_loss(velocity, batch.video, batch.noise, times, self.total, active, self.group)
@@ -101,7 +103,7 @@ class VideoPretraining:
         batch = self.validation.batch(samples, self.frames).to(self.device)
 
         def velocity(x: Tensor, timesteps: Tensor) -> Tensor:
-            return model(x, timesteps, batch.conditioning, batch.conditioning_mask, group=self.group)
+            return model(x, timesteps, batch.conditioning, batch.conditioning_mask, group=self.group, backend=self.backend)
 
         sampled = [
             rectified_flow.sample(
@@ -174,7 +176,7 @@ def main() -> None:
     preset = PRESETS[arguments.model]
     model = VideoDiT(replace(preset, channels=3))
     dsp.seed(mesh, arguments.seed)
-    workload = VideoPretraining(arguments, model.config, mesh)
+    workload = VideoPretraining(arguments, model.config, mesh, config.sequence_parallel.backend)
     train_size, micro, steps = config.batch_sizes.complete(mesh.size("data"))
     config = config.with_batch_sizes(train_size, micro, steps)
 

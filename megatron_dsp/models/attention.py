@@ -7,11 +7,15 @@ may be 0, as on a rank with an empty shard.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+# Attends for a module over a dim of queries, keys and values [T, B, S, H, D] that is sharded.
+OverRanks = Callable[["SelfAttention", Tensor, Tensor, Tensor], Tensor]
 
 
 def attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -67,26 +71,33 @@ class SelfAttention(nn.Module):
         self.key_norm: nn.Module = nn.RMSNorm(hidden // heads, eps=1e-6) if qk_norm else nn.Identity()
         self.out = nn.Linear(hidden, hidden)
 
-    def forward(self, x: Tensor, rotations: Tensor | None = None) -> Tensor:
-        """Attend in x [T, B, S, C]; ``rotations`` (complex, [T, 1, 1, 1, D / 2]) turn queries and keys."""
+    def forward(self, x: Tensor, rotations: Tensor | None = None, over_ranks: OverRanks | None = None) -> Tensor:
+        """Attend in x [T, B, S, C]; ``rotations`` (complex, [T, 1, 1, 1, D / 2]) turn queries and keys.
+
+        ``over_ranks`` attends where the dim itself is sharded (`megatron_dsp.embedded`); without it, x has all of the dim.
+        """
         query = self.query_norm(self.query(x).unflatten(-1, self.head_shape))
         key = self.key_norm(self.key(x).unflatten(-1, self.head_shape))
         value = self.value(x).unflatten(-1, self.head_shape)
         if rotations is not None:
             query, key = rotate(query, rotations), rotate(key, rotations)
-        attended = attention(self._batched(query), self._batched(key), self._batched(value))
-        return self.out(self._in_storage_order(attended, x))
+        attended = self.attend(query, key, value) if over_ranks is None else over_ranks(self, query, key, value)
+        return self.out(attended.flatten(-2))
 
-    def _batched(self, x: Tensor) -> Tensor:
+    def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """Attention over the whole dim, of and to [T, B, S, H, D] with any number of heads."""
+        return self.stored(attention(self.batched(query), self.batched(key), self.batched(value)), query)
+
+    def batched(self, x: Tensor) -> Tensor:
         """View [T, B, S, H, D] as [batch, H, length, D]."""
         if self.over == "space":
             return x.flatten(0, 1).transpose(1, 2)
         return x.flatten(1, 2).permute(1, 2, 0, 3)
 
-    def _in_storage_order(self, attended: Tensor, x: Tensor) -> Tensor:
-        """Bring [batch, H, length, D] back to the shape of x: a view where the kernel kept the memory order."""
+    def stored(self, attended: Tensor, like: Tensor) -> Tensor:
+        """Bring [batch, H, length, D] back to the shape of ``like`` [T, B, S, H, D]: a view where the kernel kept the order."""
         rows = attended.transpose(1, 2) if self.over == "space" else attended.permute(2, 0, 1, 3)
-        return rows.reshape(x.shape)
+        return rows.reshape(like.shape)
 
 
 class CrossAttention(nn.Module):

@@ -16,9 +16,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
+from megatron_dsp.embedded import ring, ulysses
 from megatron_dsp.errors import UsageError
 from megatron_dsp.layout import Layout
-from megatron_dsp.models.attention import CrossAttention, SelfAttention
+from megatron_dsp.models.attention import CrossAttention, OverRanks, SelfAttention
 from megatron_dsp.models.embeddings import (
     ConditioningEmbedding,
     TimestepEmbedding,
@@ -31,8 +32,9 @@ from megatron_dsp.models.embeddings import (
 from megatron_dsp.reshard import Region
 
 DIMS = ("time", "batch", "space", "channels")
-# The dim that is sharded while a stage runs: one that the stage does not mix.
+# The dim that is sharded while a stage runs: with DSP one that the stage does not mix, with Ulysses and Ring always the same.
 SHARDED_DIM = {"embedding": "time", "spatial": "time", "temporal": "space", "head": "time"}
+SHARDED_DIM_EMBEDDED = dict.fromkeys(SHARDED_DIM, "time")
 
 
 @dataclass(frozen=True)
@@ -99,7 +101,15 @@ class Block(nn.Module):
         self.cross_attention = CrossAttention(config.hidden, config.heads)
         self.mlp = nn.Sequential(nn.Linear(config.hidden, inner), nn.GELU(approximate="tanh"), nn.Linear(inner, config.hidden))
 
-    def forward(self, x: Tensor, modulation: Tensor, tokens: Tensor, mask: Tensor, rotations: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        modulation: Tensor,
+        tokens: Tensor,
+        mask: Tensor,
+        rotations: Tensor | None = None,
+        over_ranks: OverRanks | None = None,
+    ) -> Tensor:
         """Run the block on x [T, B, S, C], all of the dim that it attends over and any part of the other.
 
         Args:
@@ -108,10 +118,11 @@ class Block(nn.Module):
             tokens: conditioning tokens, [B, L, C].
             mask: [B, L], bool, True = attend, at least one a sample.
             rotations: rotary positions of the frames, [T, 1, 1, 1, head size / 2], complex.
+            over_ranks: attention where x has a shard of the dim that the block attends over.
         """
         table = self.modulation_table + modulation.unflatten(-1, self.modulation_table.shape)
         shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = table.unsqueeze(2).unbind(3)  # each [T, B, 1, C]
-        x = torch.addcmul(x, gate, self.self_attention(modulated_norm(x, shift, scale), rotations))
+        x = torch.addcmul(x, gate, self.self_attention(modulated_norm(x, shift, scale), rotations, over_ranks))
         x = x + self.cross_attention(x, tokens, mask)
         return torch.addcmul(x, mlp_gate, self.mlp(modulated_norm(x, mlp_shift, mlp_scale)))
 
@@ -173,6 +184,7 @@ class VideoDiT(nn.Module):
         conditioning_drop: Tensor | None = None,
         *,
         group: ProcessGroup | None = None,
+        backend: Literal["dsp", "ulysses", "ring"] = "dsp",
     ) -> Tensor:
         """Predict the velocity of this rank's frames; with no group, of all frames.
 
@@ -185,6 +197,8 @@ class VideoDiT(nn.Module):
             conditioning_drop: [B], bool; where True, the tokens are replaced by the learned null token, as they are
                 where the mask leaves none (classifier-free guidance).
             group: the sequence group. Arguments other than ``video`` are equal on all its ranks.
+            backend: how temporal attention gets all frames: "dsp" moves the shard to space before it, "ulysses" and "ring"
+                attend over the sharded time.
 
         Returns:
             Shaped like ``video``, in the parameters' dtype.
@@ -197,7 +211,9 @@ class VideoDiT(nn.Module):
         token_frames, batch = timesteps.shape
         h, w = grid_size(video.shape[3], video.shape[4], self.config.patch)
         sizes = (token_frames, batch, h * w, self.config.hidden)
-        region = Region(Layout(DIMS, sizes, sharded=SHARDED_DIM["embedding"]), group)
+        over_ranks = attention_over_ranks(backend, token_frames, group)
+        sharded = SHARDED_DIM if over_ranks is None else SHARDED_DIM_EMBEDDED
+        region = Region(Layout(DIMS, sizes, sharded=sharded["embedding"]), group)
         self._check_frames(video.shape[0], region, token_frames)
 
         x = self.patch_embedding(patchify(video.to(self.patch_embedding.weight.dtype), self.config.patch))
@@ -208,11 +224,12 @@ class VideoDiT(nn.Module):
         rotations = time_rotations(token_frames, self.config.hidden // self.config.heads, like=x)
 
         for i, (spatial, temporal) in enumerate(zip(self.spatial_blocks, self.temporal_blocks, strict=True)):
-            x = region.shard(x, SHARDED_DIM["spatial"], stage=f"spatial {i}")
+            x = region.shard(x, sharded["spatial"], stage=f"spatial {i}")
             x = spatial(x, region.local(modulation, dim=0, name="time"), tokens, mask)
-            x = region.shard(x, SHARDED_DIM["temporal"], stage=f"temporal {i}")
-            x = temporal(x, region.local(modulation, dim=0, name="time"), tokens, mask, rotations)
-        x = region.shard(x, SHARDED_DIM["head"], stage="head")
+            x = region.shard(x, sharded["temporal"], stage=f"temporal {i}")
+            turns = region.local(rotations, dim=0, name="time")
+            x = temporal(x, region.local(modulation, dim=0, name="time"), tokens, mask, turns, over_ranks)
+        x = region.shard(x, sharded["head"], stage="head")
         patches = self.head(x, region.local(time, dim=0, name="time"))
         return unpatchify(patches, self.config.patch, video.shape)
 
@@ -253,6 +270,21 @@ class VideoDiT(nn.Module):
                 f"video has {frames} frames, but {stop - start} of the clip's {token_frames} token frames (of {depth} "
                 f"frames each) belong here: give it {least} to {most} frames, or timesteps for other token frames"
             )
+
+
+def attention_over_ranks(backend: str, frames: int, group: ProcessGroup | None) -> OverRanks | None:
+    """What attends over time where time is sharded; None where it is whole, with DSP and in one process."""
+    if group is None or backend == "dsp":
+        return None
+
+    def by_ulysses(module: SelfAttention, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        return ulysses(module.attend, query, key, value, over=0, heads=3, size=frames, group=group, stage="temporal")
+
+    def by_ring(module: SelfAttention, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        batched = (module.batched(x) for x in (query, key, value))
+        return module.stored(ring(*batched, size=frames, group=group, stage="temporal"), query)
+
+    return {"ulysses": by_ulysses, "ring": by_ring}[backend]
 
 
 def modulated_norm(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:

@@ -57,6 +57,20 @@ def test_switches_through_mpi_give_the_same_losses(small, alone, tmp_path):
     assert jobs.losses(output) == pytest.approx(alone, rel=1e-6)
 
 
+@pytest.mark.parametrize("backend", ["ulysses", "ring"])
+def test_other_backends_give_the_same_losses(small, tmp_path, backend):
+    """On the same clips as DSP; over four frames, since Ring takes even shards alone."""
+    arguments = [*small, "--num-frames", 4, "--micro-batch-size", 4, "--train-iters", 20]
+    losses = []
+    for name in ("dsp", backend):
+        config = {**CONFIG, "sequence_parallel": {"size": 2, "backend": name}}
+        (tmp_path / f"{name}.json").write_text(json.dumps(config))
+        status, output = jobs.run("torchrun", 2, SCRIPT, *arguments, "--deepspeed_config", tmp_path / f"{name}.json")
+        assert status == 0, output
+        losses.append(jobs.losses(output))
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
 def test_two_jobs_on_one_host_do_not_meet(small, alone):
     degrees = ["--dynamic-sequence-parallel-size", 2, "--micro-batch-size", 4]
     together = [jobs.start("deepspeed", 2, SCRIPT, *small, "--train-iters", 20, *degrees) for _ in range(2)]

@@ -12,7 +12,7 @@ from megatron_dsp.models.video_dit import VideoDiT, VideoDiTConfig
 LAYERS = 2
 
 
-def _compare(T: int, H: int, W: int, patch: tuple[int, int, int]) -> None:
+def _compare(T: int, H: int, W: int, patch: tuple[int, int, int], backend: str) -> None:
     group = dist.group.WORLD
     rank, size = group.rank(), group.size()
     torch.manual_seed(0)
@@ -38,7 +38,7 @@ def _compare(T: int, H: int, W: int, patch: tuple[int, int, int]) -> None:
     start, stop = dsp.shard_range(tokens, size, rank)
     frames = slice(start * patch[0], min(stop * patch[0], T))
     with dsp.ledger() as moved:
-        output = model(video[frames], *side, group=group)
+        output = model(video[frames], *side, group=group, backend=backend)
         (output**2 * weight[frames]).sum().mul(size / video.numel()).backward()
     torch.testing.assert_close(output, expected[frames], rtol=1e-12, atol=1e-12)
     for name, parameter in model.named_parameters():
@@ -47,6 +47,12 @@ def _compare(T: int, H: int, W: int, patch: tuple[int, int, int]) -> None:
         error = (parameter.grad / size - references[name]).abs() - 1e-10 * references[name].abs()
         assert error.max() < 1e-13, name
 
+    if backend != "dsp":
+        calls = {operation: calls for operation, (calls, _) in moved.by("operation").items()}
+        # A layer: Ulysses takes q, k, v there and the result back; Ring sends blocks round, and their gradients.
+        name, forward, backward = ("switch", 2, 2) if backend == "ulysses" else ("ring", size - 1, 2 * size - 1)
+        assert calls == {name: LAYERS * forward, name + " adjoint": LAYERS * backward}
+        return
     # Two switches a layer pair, forward and backward, of the bytes that the shards say.
     S = -(-H // patch[1]) * -(-W // patch[2])
     T_r, S_r = stop - start, dsp.shard_sizes(S, size)[rank]
@@ -65,4 +71,9 @@ def _compare(T: int, H: int, W: int, patch: tuple[int, int, int]) -> None:
 )
 @pytest.mark.parametrize("size", [2, 3, 4])
 def test_outputs_gradients_and_bytes(ranks, size, T, H, W, patch):
-    ranks(size, _compare, T, H, W, patch)
+    ranks(size, _compare, T, H, W, patch, "dsp")
+
+
+@pytest.mark.parametrize(("backend", "size", "T"), [("ulysses", 2, 5), ("ulysses", 3, 2), ("ring", 2, 4), ("ring", 3, 6)])
+def test_other_backends_of_the_same_model(ranks, backend, size, T):
+    ranks(size, _compare, T, 4, 6, (1, 2, 2), backend)
