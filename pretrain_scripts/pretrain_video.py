@@ -207,7 +207,7 @@ def main() -> None:
             f"accumulation {steps} x data {mesh.size('data')}"
         )
         exchange = exchange_of(mesh.group("sequence"))
-        log.message(f"{mesh} | switches through {exchange.transport.name}: {exchange.transport_reason}")
+        log.message(f"switches through {exchange.transport.name}: {exchange.transport_reason}")
         progress = train(engine, workload, mesh, arguments, log)
         if arguments.sample_steps and progress.iteration >= arguments.train_iters:  # not after a SIGTERM
             engine.eval()
