@@ -195,6 +195,11 @@ def current() -> Mesh | None:
 def sequence_group(group: dist.ProcessGroup | None) -> dist.ProcessGroup:
     """``group``, or the current mesh's sequence group. Neither is an error: never the world."""
     if group is not None:
+        if group.group_desc == "tensor":
+            raise UsageError(
+                "this is a mesh's tensor group, where activations and gradients are replicated and the sequence axis's adjoints "
+                "would be wrong; pass the sequence group"
+            )
         return group
     if _current is None:
         raise UsageError(

@@ -24,7 +24,7 @@ def ring(
 ) -> Tensor:
     """Softmax attention of [batch, H, length, D], of whose length, globally ``size``, each rank holds an equal shard.
 
-    N - 1 exchanges of keys and values forward, N in backward of them and their gradients. The result is exact to rounding.
+    N - 1 exchanges of keys and values forward; in backward as many, and N of their gradients. The result is exact to rounding.
 
     Errors: UsageError where ``size`` is not a multiple of the group's size, on other devices than the CPU, and for tensors
     whose shapes are not those.

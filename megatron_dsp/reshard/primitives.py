@@ -206,11 +206,6 @@ class _Members(NamedTuple):
 @torch.compiler.assume_constant_result
 def _members(group: dist.ProcessGroup | None) -> _Members:
     group = mesh.sequence_group(group)
-    if group.group_desc == "tensor":
-        raise UsageError(
-            "this is a mesh's tensor group, where activations and gradients are replicated and these adjoints would be "
-            "wrong; pass the sequence group"
-        )
     exchange = exchange_of(group)
     return _Members(group.group_name, exchange.name, exchange.size, exchange.rank)
 
