@@ -197,8 +197,8 @@ def sequence_group(group: dist.ProcessGroup | None) -> dist.ProcessGroup:
     if group is not None:
         if group.group_desc == "tensor":
             raise UsageError(
-                "this is a mesh's tensor group, where activations and gradients are replicated and the adjoints of the sequence "
-                "axis would be wrong; pass the sequence group"
+                "this is a mesh's tensor group, where activations and gradients are replicated and these adjoints would be "
+                "wrong; pass the sequence group"
             )
         return group
     if _current is None:
