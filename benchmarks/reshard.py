@@ -162,7 +162,7 @@ def _extra_shards(run: Run, case: Case) -> float:
     case.x.grad = case.ours.grad = None
     pools = BufferPool(), BufferPool()
     for group, pool in zip((case.group, case.mpi_group), pools, strict=True):
-        exchange_of(group).transport._buffers = pool
+        exchange_of(group).transport.buffers = pool
     with torch.profiler.profile(profile_memory=True) as profile:
         result = run()
     if result is None:

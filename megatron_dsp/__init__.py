@@ -4,7 +4,7 @@ from megatron_dsp.errors import UsageError
 from megatron_dsp.initialize import initialize
 from megatron_dsp.layout import Layout, shard_range, shard_sizes
 from megatron_dsp.mesh import Mesh
-from megatron_dsp.reshard import Ledger, Region, gather, ledger, mean, mean_loss, split, switch
+from megatron_dsp.reshard import Ledger, Region, Stage, gather, ledger, mean, mean_loss, split, switch
 from megatron_dsp.training.deepspeed_engine import deepspeed_initialize
 from megatron_dsp.training.sampler import sampler, seed
 
@@ -13,6 +13,7 @@ __all__ = [
     "Ledger",
     "Mesh",
     "Region",
+    "Stage",
     "UsageError",
     "deepspeed_initialize",
     "gather",

@@ -26,6 +26,11 @@ def shard_range(size: int, parts: int, rank: int) -> tuple[int, int]:
     return start, start + small + (rank < larger)
 
 
+def shard_ranges(size: int, parts: int) -> list[tuple[int, int]]:
+    """`shard_range` of every rank."""
+    return [shard_range(size, parts, rank) for rank in range(parts)]
+
+
 @dataclass(frozen=True)
 class Layout:
     """How an activation lies on the ranks of a sequence group.

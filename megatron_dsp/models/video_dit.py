@@ -9,6 +9,7 @@ shard lies.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import torch
@@ -29,7 +30,7 @@ from megatron_dsp.models.embeddings import (
     time_rotations,
     unpatchify,
 )
-from megatron_dsp.reshard import Region
+from megatron_dsp.reshard import Region, Stage
 
 DIMS = ("time", "batch", "space", "channels")
 # The dim that is sharded while a stage runs: with DSP one that the stage does not mix, with Ulysses and Ring always the same.
@@ -223,14 +224,24 @@ class VideoDiT(nn.Module):
         tokens, mask = self.conditioning_embedding(conditioning, conditioning_mask, conditioning_drop)
         rotations = time_rotations(token_frames, self.config.hidden // self.config.heads, like=x)
 
-        for i, (spatial, temporal) in enumerate(zip(self.spatial_blocks, self.temporal_blocks, strict=True)):
-            x = region.shard(x, sharded["spatial"], stage=f"spatial {i}")
-            x = spatial(x, region.local(modulation, dim=0, name="time"), tokens, mask)
-            x = region.shard(x, sharded["temporal"], stage=f"temporal {i}")
-            turns = region.local(rotations, dim=0, name="time")
-            x = temporal(x, region.local(modulation, dim=0, name="time"), tokens, mask, turns, over_ranks)
-        x = region.shard(x, sharded["head"], stage="head")
-        patches = self.head(x, region.local(time, dim=0, name="time"))
+        def local(side: Tensor, *names: str) -> Tensor:
+            for dim, name in enumerate(names):
+                side = region.local(side, dim=dim, name=name)
+            return side
+
+        def spatial(block: nn.Module, x: Tensor) -> Tensor:
+            return block(x, local(modulation, "time", "batch"), local(tokens, "batch"), local(mask, "batch"))
+
+        def temporal(block: nn.Module, x: Tensor) -> Tensor:
+            sides = local(modulation, "time", "batch"), local(tokens, "batch"), local(mask, "batch"), local(rotations, "time")
+            return block(x, *sides, over_ranks)
+
+        stages = []
+        for i, (over_space, over_time) in enumerate(zip(self.spatial_blocks, self.temporal_blocks, strict=True)):
+            stages.append(Stage(partial(spatial, over_space), sharded["spatial"], f"spatial {i}"))
+            stages.append(Stage(partial(temporal, over_time), sharded["temporal"], f"temporal {i}"))
+        stages.append(Stage(lambda x: self.head(x, local(time, "time", "batch")), sharded["head"], "head"))
+        patches = region.run(stages, x, independent="batch")
         return unpatchify(patches, self.config.patch, video.shape)
 
     def _check(self, video: Tensor, timesteps: Tensor, conditioning: Tensor, mask: Tensor, drop: Tensor | None) -> None:

@@ -1,7 +1,21 @@
-"""Moving shards: the primitives with their adjoints, the exchange that carries them, and the ledger of what was moved."""
+"""Moving shards: the primitives and their adjoints, what carries them, their overlap with compute, and the ledger."""
 
 from megatron_dsp.reshard.ledger import Ledger, ledger
+from megatron_dsp.reshard.overlap import FixedOverlap
 from megatron_dsp.reshard.primitives import gather, mean, mean_loss, split, switch
-from megatron_dsp.reshard.region import Region
+from megatron_dsp.reshard.region import Region, Stage
+from megatron_dsp.reshard.schedule import Schedule
 
-__all__ = ["Ledger", "Region", "gather", "ledger", "mean", "mean_loss", "split", "switch"]
+__all__ = [
+    "FixedOverlap",
+    "Ledger",
+    "Region",
+    "Schedule",
+    "Stage",
+    "gather",
+    "ledger",
+    "mean",
+    "mean_loss",
+    "split",
+    "switch",
+]

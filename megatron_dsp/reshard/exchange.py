@@ -7,17 +7,22 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from megatron_dsp.errors import UsageError
-from megatron_dsp.layout import shard_sizes
+from megatron_dsp.layout import shard_ranges, shard_sizes
 from megatron_dsp.reshard.agreement import Agreement
 from megatron_dsp.reshard.moves import Move, as_bytes
 from megatron_dsp.reshard.packing import counts, pack, shard_shapes, unpack
-from megatron_dsp.reshard.transports import TorchTransport, Transport
+from megatron_dsp.reshard.side_stream import SideStream
+from megatron_dsp.reshard.transports import End, TorchTransport, Transport
+
+if TYPE_CHECKING:
+    from megatron_dsp.reshard.overlap import Overlap
 
 # torch 2.13 renames these two and warns at the old names.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -66,6 +71,9 @@ class Exchange:
         self.transport: Transport = TorchTransport(group)
         self.transport_reason = "no config was given"
         self.agreement: Agreement | None = None  # with "check_collectives"
+        self.overlap: Overlap | None = None
+        self.stream_priority = -1  # of the stream that packs and unpacks beside compute; -1: before it
+        self._side_streams: dict[torch.device, SideStream] = {}
         self.counts: dict[tuple[str, str], tuple[int, int]] = {}
 
     @property
@@ -79,29 +87,45 @@ class Exchange:
         self, xs: list[Tensor], gather: list[int], split: list[int], sizes: list[int], stage: str, operation: str
     ) -> list[Tensor]:
         """In one collective, move the shard of each tensor from dim ``gather``, of global size ``sizes``, to dim ``split``."""
-        for x in xs:
-            if x.layout != torch.strided or x.device != xs[0].device:
+        moves = [
+            Move(
+                x,
+                gather_dim,
+                split_dim,
+                shard_ranges(size, self.size),
+                shard_ranges(x.shape[split_dim], self.size),
+            )
+            for x, gather_dim, split_dim, size in zip(xs, gather, split, sizes, strict=True)
+        ]
+        return self.begin_switch(moves, stage, operation)()
+
+    def begin_switch(self, moves: list[Move], stage: str, operation: str, *, beside: bool = False) -> End:
+        """Start one collective that makes all ``moves``. What is returned waits for it, and is to be called once.
+
+        Sources must not change before that. ``beside``: packing and unpacking leave the current stream to compute, on CUDA.
+        """
+        for x, *_ in moves:
+            if x.layout != torch.strided or x.device != moves[0].x.device:
                 raise UsageError(
                     f"switch: a tensor with layout {x.layout} on {x.device}; dense tensors (torch.strided) are moved, together "
                     "only from one device: convert it first"
                 )
             self.transport.check(x)
         if self.agreement is not None:
-            wholes = (_whole(x, dim, size) for x, dim, size in zip(xs, gather, sizes, strict=True))
-            self.agreement.check(_text(operation, stage, *wholes, f"gather {gather}, split {split}"))
-        moves = [
-            Move(
-                _plain(x),
-                gather_dim,
-                split_dim,
-                shard_sizes(size, self.size),
-                shard_sizes(x.shape[split_dim], self.size),
-            )
-            for x, gather_dim, split_dim, size in zip(xs, gather, split, sizes, strict=True)
-        ]
-        moved = self.transport.begin(moves)()
+            wholes = (_whole(move.x, move.gather, sum(b - a for a, b in move.gather_ranges)) for move in moves)
+            dims = f"gather {[move.gather for move in moves]}, split {[move.split for move in moves]}"
+            self.agreement.check(_text(operation, stage, *wholes, dims))
+        moves = [move._replace(x=_plain(move.x)) for move in moves]
         self._count(stage, operation, sum(move.sent_to_others(self.rank) for move in moves))
-        return moved
+        if beside and moves[0].x.is_cuda:
+            return self._side_stream(moves[0].x.device).begin(self.transport, moves)
+        return self.transport.begin(moves)
+
+    def _side_stream(self, device: torch.device) -> SideStream:
+        stream = self._side_streams.get(device)
+        if stream is None:
+            stream = self._side_streams[device] = SideStream(device, self.stream_priority)
+        return stream
 
     def rotate(self, xs: list[Tensor], stage: str, operation: str) -> Callable[[], list[Tensor]]:
         """Start sending each tensor to the next rank of the group. What is returned waits for those of the previous rank.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -11,34 +12,45 @@ from torch import Tensor
 
 from megatron_dsp.reshard.buffers import BufferPool
 
+Ranges = Sequence[tuple[int, int]]  # of each rank, (start, stop)
+
 
 class Move(NamedTuple):
-    """A tensor whose shard goes from dim ``gather`` to dim ``split``, and the sizes of all ranks' shards of the two."""
+    """A tensor whose shard goes from dim ``gather`` to dim ``split``; all of it, or one chunk.
+
+    ``split_ranges`` are the parts of ``x`` that go to each rank, ``gather_ranges`` the places in the result of what comes from
+    each. A result has memory of its own, or lies in ``into`` (contiguous), with those of other moves.
+    """
 
     x: Tensor
     gather: int
     split: int
-    gather_sizes: list[int]
-    split_sizes: list[int]
+    gather_ranges: Ranges
+    split_ranges: Ranges
+    into: Tensor | None = None
 
     def result(self, rank: int, buffers: BufferPool) -> Tensor:
         """Memory for what ``rank`` holds afterwards; contiguous."""
+        if self.into is not None:
+            return self.into
         shape = list(self.x.shape)
-        shape[self.gather], shape[self.split] = sum(self.gather_sizes), self.split_sizes[rank]
+        start, stop = self.split_ranges[rank]
+        shape[self.gather], shape[self.split] = self.gather_ranges[-1][1], stop - start
         return buffers.empty(shape, self.x.dtype, self.x.device)
 
-    def sources(self) -> tuple[Tensor, ...]:
+    def sources(self) -> list[Tensor]:
         """For each rank, the piece of ``x`` that goes to it."""
-        return self.x.split(self.split_sizes, self.split)
+        return [self.x.narrow(self.split, start, stop - start) for start, stop in self.split_ranges]
 
-    def targets(self, result: Tensor) -> tuple[Tensor, ...]:
+    def targets(self, result: Tensor) -> list[Tensor]:
         """For each rank, the place in ``result`` of the piece that comes from it."""
-        return result.split(self.gather_sizes, self.gather)
+        return [result.narrow(self.gather, start, stop - start) for start, stop in self.gather_ranges]
 
     def sent_to_others(self, rank: int) -> int:
         """The bytes that leave ``rank``."""
         size = self.x.shape[self.split]
-        return self.x.nbytes // size * (size - self.split_sizes[rank]) if size else 0
+        others = sum(stop - start for to, (start, stop) in enumerate(self.split_ranges) if to != rank)
+        return self.x.nbytes // size * others if size else 0
 
     def run(self, piece: Tensor) -> int:
         """The bytes of ``piece`` that are contiguous at both ends: those from the later one of the two dims on."""

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from megatron_dsp.errors import UsageError
 from megatron_dsp.reshard.buffers import BufferPool
-from megatron_dsp.reshard.moves import Move
+from megatron_dsp.reshard.moves import Move, Ranges
 from megatron_dsp.reshard.transports import End
 
 
@@ -53,7 +53,7 @@ class MpiTransport:
         # Never freed: that is a collective, which the end of a Python object may not be. There is one a group.
         self._comm = world.Create_group(members)
         self._rank, self._size = self._comm.rank, self._comm.size
-        self._buffers = BufferPool()
+        self.buffers = BufferPool()
         self._kept: OrderedDict[tuple[Any, ...], list[list[_Place]]] = OrderedDict()
         self._cuda_aware = _is_cuda_aware(MPI.__file__)
         self._word = {1: MPI.UINT8_T, 2: MPI.UINT16_T, 4: MPI.UINT32_T, 8: MPI.UINT64_T, 16: MPI.C_DOUBLE_COMPLEX}
@@ -68,12 +68,13 @@ class MpiTransport:
 
     def begin(self, moves: list[Move]) -> End:
         moves = [move._replace(x=move.x.contiguous()) for move in moves]
-        results = [move.result(self._rank, self._buffers) for move in moves]
+        results = [move.result(self._rank, self.buffers) for move in moves]
         for device in {move.x.device for move in moves if move.x.is_cuda}:
             torch.cuda.current_stream(device).synchronize()  # MPI knows no streams: what it reads and writes must be idle
-        sent = [self._pieces(move, move.x, move.split, move.split_sizes) for move in moves]
+        sent = [self._pieces(move, move.x, move.split_ranges, move.sources()) for move in moves]
         received = [
-            self._pieces(move, result, move.gather, move.gather_sizes) for move, result in zip(moves, results, strict=True)
+            self._pieces(move, result, move.gather_ranges, move.targets(result))
+            for move, result in zip(moves, results, strict=True)
         ]
         # The rank's own piece too: MPI copies it to its place.
         requests = []
@@ -102,12 +103,12 @@ class MpiTransport:
             for place in places
         )
 
-    def _pieces(self, move: Move, tensor: Tensor, dim: int, sizes: list[int]) -> list[list[_Place]]:
-        """Where each rank's shard of ``dim`` lies in ``tensor``, the source or the result of ``move``."""
-        key = (tensor.shape, tensor.element_size(), move.gather, move.split, dim)
+    def _pieces(self, move: Move, tensor: Tensor, ranges: Ranges, pieces: list[Tensor]) -> list[list[_Place]]:
+        """Where each rank's piece lies in ``tensor``, the source or the result of ``move``."""
+        key = (tensor.shape, tensor.element_size(), move.gather, move.split, tensor is move.x, tuple(ranges))
         kept = self._kept.get(key)
         if kept is None:
-            kept = self._kept[key] = [self._places(move, tensor, piece) for piece in tensor.split(sizes, dim)]
+            kept = self._kept[key] = [self._places(move, tensor, piece) for piece in pieces]
         self._kept.move_to_end(key)
         return kept
 

@@ -2,11 +2,31 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from megatron_dsp.layout import Layout, shard_range
-from megatron_dsp.reshard import primitives
+from megatron_dsp.reshard import chunked, primitives
+from megatron_dsp.reshard.exchange import exchange_of
+from megatron_dsp.reshard.overlap import Overlap
+from megatron_dsp.reshard.trace import named
+
+
+class Stage(NamedTuple):
+    """A part of a model that runs with one dim sharded, which it does not mix.
+
+    ``compute`` gets the activation, or a chunk of it along a dim that it does not mix, and returns it in the same sizes, those
+    of the last dim aside. Side inputs it takes from `Region.local`, which knows of the chunk.
+    """
+
+    compute: Callable[[Tensor], Tensor]
+    sharded: str
+    name: str = ""
 
 
 class Region:
@@ -19,6 +39,26 @@ class Region:
     def __init__(self, layout: Layout, group: dist.ProcessGroup | None):
         self.layout = layout
         self.group = group
+        self._chunk: dict[str, tuple[int, int]] = {}  # of a dim, the global indices on which a stage runs now
+
+    def run(self, stages: Sequence[Stage], x: Tensor, *, independent: str | None = None) -> Tensor:
+        """Run ``stages`` on ``x`` in turn, each with its dim sharded; the result has the last one's sharded.
+
+        With an overlap on the group's exchange, stages run in chunks, whose switches travel while the next chunks compute.
+        ``independent`` names a dim that no stage mixes, as the batch's.
+        """
+        if stages:
+            x = self.shard(x, stages[0].sharded, stage=stages[0].name)
+        overlap = None if self.group is None else _overlap(self.group)
+        if overlap is not None:
+            schedule, x = overlap.enter(self, stages, x, independent)
+            if not schedule.plain:
+                return chunked.run(self, stages, x, schedule)
+        for stage in stages:
+            x = self.shard(x, stage.sharded, stage=stage.name)
+            with named(stage.name):
+                x = stage.compute(x)
+        return x
 
     def shard(self, x: Tensor, dim: str | None, *, stage: str = "") -> Tensor:
         """Bring the shard of ``x`` to the dim named ``dim`` (None: gather it), by keep, switch, split or gather."""
@@ -33,16 +73,29 @@ class Region:
         return primitives.switch(x, gather=whole, split=now.index(dim), size=size, group=self.group, stage=stage)
 
     def range(self, name: str) -> tuple[int, int]:
-        """The half-open range of global indices of the dim named ``name`` that this rank holds now."""
+        """The half-open range of global indices of the dim named ``name`` on which this rank runs now."""
+        if name in self._chunk:
+            return self._chunk[name]
         size = self.layout.size(name)
         if self.group is None or name != self.layout.sharded:
             return 0, size
         return shard_range(size, self.group.size(), self.group.rank())
 
     def local(self, tensor: Tensor, *, dim: int, name: str) -> Tensor:
-        """The part of a side input that belongs to this rank now: ``dim`` of it is the dim named ``name``.
-
-        The whole ``tensor`` where that dim is not the one sharded now.
-        """
+        """The part of a side input that belongs to this rank and chunk now: ``dim`` of it is the dim named ``name``."""
         start, stop = self.range(name)
-        return tensor.narrow(dim, start, stop - start)
+        return tensor if stop - start == tensor.shape[dim] else tensor.narrow(dim, start, stop - start)
+
+    @contextmanager
+    def on_chunk(self, dim: str | None, part: tuple[int, int]) -> Iterator[None]:
+        """In the block, the region is at the part ``part`` of the dim named ``dim``, in global indices; None is all of it."""
+        self._chunk = {} if dim is None else {dim: part}
+        try:
+            yield
+        finally:
+            self._chunk = {}
+
+
+@torch.compiler.assume_constant_result
+def _overlap(group: dist.ProcessGroup) -> Overlap | None:
+    return exchange_of(group).overlap if group.size() > 1 else None

@@ -18,19 +18,20 @@ from megatron_dsp.reshard.buffers import BufferPool
 from megatron_dsp.reshard.moves import Move, Parcel, parcels
 
 End = Callable[[], list[Tensor]]  # waits for what was begun and returns its results; to be called once
-Pieces = list[tuple[Tensor, ...]]  # of each move, of each rank
+Pieces = list[list[Tensor]]  # of each move, of each rank
 
 
 class Transport(Protocol):
     """Moves the shards of tensors over the ranks of one group."""
 
     name: str
+    buffers: BufferPool  # of results and messages
 
     def check(self, x: Tensor) -> None:
         """Raise UsageError where this transport cannot move ``x``; before any rank enters the collective."""
 
     def begin(self, moves: list[Move]) -> End:
-        """Start one collective that makes all ``moves``; its results are contiguous.
+        """Start one collective that makes all ``moves``; its results are contiguous, those with ``into`` that very memory.
 
         Several may be under way, begun in the same order on every rank. Sources must not change before the end.
         """
@@ -53,7 +54,7 @@ class TorchTransport:
         self._group = weakref.ref(group)
         self._rank, self._size = group.rank(), group.size()
         self._backends = dict(entry.split(":") for entry in dist.get_backend_config(group).split(","))
-        self._buffers = BufferPool()
+        self.buffers = BufferPool()
 
     def check(self, x: Tensor) -> None:
         backend = self._backends.get(x.device.type)
@@ -67,7 +68,7 @@ class TorchTransport:
         group = self._group()
         if group is None:  # to torch it would mean the world
             raise RuntimeError("the process group of this switch was destroyed; make a new mesh")
-        results = [move.result(self._rank, self._buffers) for move in moves]
+        results = [move.result(self._rank, self.buffers) for move in moves]
         sources = [move.sources() for move in moves]
         targets = [move.targets(result) for move, result in zip(moves, results, strict=True)]
         post = self._post_messages if moves[0].x.device.type == "cpu" else self._post_all_to_all
@@ -112,7 +113,7 @@ class TorchTransport:
                     parts = move.runs(piece) if move.run(piece) >= self._LEAST_RUN else [piece]
                     to += [peer] * len(parts)
                     messages += [[part] for part in parts]
-        return zip(to, parcels(messages, self._buffers), strict=True)
+        return zip(to, parcels(messages, self.buffers), strict=True)
 
     def _post_all_to_all(
         self, moves: list[Move], sources: Pieces, targets: Pieces, group: dist.ProcessGroup
@@ -120,8 +121,7 @@ class TorchTransport:
         nothing = moves[0].x.new_empty(0, dtype=torch.uint8)
         others = [rank for rank in range(self._size) if rank != self._rank]
         received, sent = (
-            parcels([[of_ranks[rank] for of_ranks in pieces] for rank in others], self._buffers)
-            for pieces in (targets, sources)
+            parcels([[of_ranks[rank] for of_ranks in pieces] for rank in others], self.buffers) for pieces in (targets, sources)
         )
         outputs, inputs = [parcel.message for parcel in received], [parcel.pack() for parcel in sent]
         for messages in (outputs, inputs):

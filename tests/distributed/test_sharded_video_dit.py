@@ -8,12 +8,15 @@ import torch.distributed as dist
 
 import megatron_dsp as dsp
 from megatron_dsp.models.video_dit import VideoDiT, VideoDiTConfig
+from megatron_dsp.reshard import FixedOverlap
+from megatron_dsp.reshard.exchange import exchange_of
 
 LAYERS = 2
 
 
-def _compare(T: int, H: int, W: int, patch: tuple[int, int, int], backend: str) -> None:
+def _compare(T: int, H: int, W: int, patch: tuple[int, int, int], backend: str, overlap: FixedOverlap | None = None) -> None:
     group = dist.group.WORLD
+    exchange_of(group).overlap = overlap
     rank, size = group.rank(), group.size()
     torch.manual_seed(0)
     config = VideoDiTConfig(layers=LAYERS, hidden=16, heads=2, conditioning_size=6, patch=patch)
@@ -57,9 +60,14 @@ def _compare(T: int, H: int, W: int, patch: tuple[int, int, int], backend: str) 
     S = -(-H // patch[1]) * -(-W // patch[2])
     T_r, S_r = stop - start, dsp.shard_sizes(S, size)[rank]
     there, back = T_r * B * (S - S_r) * 16 * 8, (tokens - T_r) * B * S_r * 16 * 8
+    calls = 2 * LAYERS
+    if overlap is not None:  # chunks of time, of space, or slices of the batch
+        chunks = {"time": min(overlap.chunks, tokens // size), "space": min(overlap.chunks, S // size), "batch": B}
+        dims = ("time", "space") if overlap.along == "sharded" else (overlap.along, overlap.along)
+        calls = LAYERS * sum(chunks[dim] for dim in dims)
     assert moved.by("operation") == {
-        "switch": (2 * LAYERS, LAYERS * (there + back)),
-        "switch adjoint": (2 * LAYERS, LAYERS * (there + back)),
+        "switch": (calls, LAYERS * (there + back)),
+        "switch adjoint": (calls, LAYERS * (there + back)),
     }
     assert sorted(moved.by("stage")) == ["head", "spatial 1", "temporal 0", "temporal 1"]
 
@@ -72,6 +80,27 @@ def _compare(T: int, H: int, W: int, patch: tuple[int, int, int], backend: str) 
 @pytest.mark.parametrize("size", [2, 3, 4])
 def test_outputs_gradients_and_bytes(ranks, size, T, H, W, patch):
     ranks(size, _compare, T, H, W, patch, "dsp")
+
+
+@pytest.mark.parametrize("along", ["sharded", "batch", "time", "space"])
+@pytest.mark.parametrize(("size", "T", "H", "W"), [(2, 8, 4, 8), (3, 10, 5, 7)], ids=["even", "uneven"])
+def test_in_chunks(ranks, size, T, H, W, along):
+    ranks(size, _compare, T, H, W, (1, 2, 2), "dsp", FixedOverlap(3, along=along))
+
+
+def _with_a_frame_missing(missing_on: int) -> str:
+    group = dist.group.WORLD
+    model = VideoDiT(VideoDiTConfig(layers=1, hidden=16, heads=2, conditioning_size=6, patch=(2, 2, 2)))
+    tokens = torch.randn(1, 3, 6), torch.ones(1, 3, dtype=torch.bool)
+    frames = 3 if group.rank() == missing_on else 4
+    model(torch.randn(frames, 1, 3, 4, 4), torch.rand(4, 1), *tokens, group=group)
+    return "taken"
+
+
+def test_a_patch_may_be_unfilled_at_the_end_of_the_clip_only(ranks):
+    assert ranks(2, _with_a_frame_missing, 1) == ["taken"] * 2
+    with pytest.raises(AssertionError, match="give it 4 to 4 frames"):  # the other rank waits, and is ended
+        ranks(2, _with_a_frame_missing, 0)
 
 
 @pytest.mark.parametrize(("backend", "size", "T"), [("ulysses", 2, 5), ("ulysses", 3, 2), ("ring", 2, 4), ("ring", 3, 6)])

@@ -1,10 +1,8 @@
-"""The video transformer in one process: what its modules mix, what they move, and that any sharding gives the same."""
+"""The video transformer in one process: what its modules mix and what they move."""
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
@@ -13,8 +11,6 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from megatron_dsp.errors import UsageError
-from megatron_dsp.layout import Layout, shard_range
-from megatron_dsp.models import video_dit
 from megatron_dsp.models.attention import SelfAttention, rotate
 from megatron_dsp.models.embeddings import patchify, space_positions, time_rotations, unpatchify
 from megatron_dsp.models.video_dit import PRESETS, Block, VideoDiT, VideoDiTConfig, parameter_count
@@ -304,88 +300,6 @@ def test_cross_attention_never_copies_the_activation() -> None:
     assert activation_copies(lambda: layer(alone, tokens[:1], mask[:1]), tokens[:1].numel() * 4) == []
 
 
-# Sharding, with threads in the place of ranks
-
-
-class Group:
-    """A sequence group of threads that hand each other their shards."""
-
-    def __init__(self, ranks: int) -> None:
-        self.ranks = ranks
-        self.barrier = threading.Barrier(ranks, timeout=60)
-        self.shards: list[Tensor] = [torch.empty(0)] * ranks
-        self.stages: list[list[str]] = [[] for _ in range(ranks)]
-
-
-class ThreadRegion:
-    """``Region`` without processes: a shard is cut from the concatenation of all."""
-
-    def __init__(self, layout: Layout, member: tuple[Group, int] | None) -> None:
-        self.layout = layout
-        self.member = member
-
-    def shard(self, x: Tensor, dim: str, *, stage: str) -> Tensor:
-        if self.member is None:
-            return x
-        group, rank = self.member
-        assert x.shape == self.layout.local_sizes(group.ranks, rank)
-        group.stages[rank].append(stage)
-        group.shards[rank] = x
-        group.barrier.wait()
-        whole = torch.cat(group.shards, dim=self.layout.index(self.layout.sharded or ""))
-        group.barrier.wait()
-        self.layout = self.layout.with_sharded(dim)
-        return whole.tensor_split(group.ranks, dim=self.layout.index(dim))[rank].contiguous()
-
-    def range(self, name: str) -> tuple[int, int]:
-        size = self.layout.size(name)
-        if self.member is None or name != self.layout.sharded:
-            return 0, size
-        group, rank = self.member
-        return shard_range(size, group.ranks, rank)
-
-    def local(self, tensor: Tensor, *, dim: int, name: str) -> Tensor:
-        start, stop = self.range(name)
-        return tensor.narrow(dim, start, stop - start)
-
-
-@pytest.mark.parametrize(
-    ("ranks", "frames", "height", "depth"),
-    [(2, 4, 4, 1), (2, 3, 5, 1), (3, 7, 4, 2), (4, 3, 2, 1)],
-    ids=["even", "uneven", "uneven with a started patch", "empty shards in time and space"],
-)
-def test_sharded_equals_whole(monkeypatch, ranks: int, frames: int, height: int, depth: int) -> None:
-    config = replace(CONFIG, patch=(depth, 2, 2))
-    model, arguments = noisy_model(config), inputs(config, frames=frames, height=height)
-    monkeypatch.setattr(video_dit, "Region", ThreadRegion)
-
-    whole = model(**arguments)
-    target = torch.randn_like(whole)
-    (whole * target).sum().backward()
-    expected = [parameter.grad.clone() for parameter in model.parameters()]
-    model.zero_grad()
-
-    group = Group(ranks)
-    token_frames = len(arguments["timesteps"])
-
-    def run(rank: int) -> Tensor:
-        start, stop = shard_range(token_frames, ranks, rank)
-        try:
-            return model(**{**arguments, "video": arguments["video"][start * depth : stop * depth]}, group=(group, rank))
-        except Exception:
-            group.barrier.abort()
-            raise
-
-    with ThreadPoolExecutor(ranks) as pool:
-        parts = list(pool.map(run, range(ranks)))
-    sharded = torch.cat(parts)
-    torch.testing.assert_close(sharded, whole, rtol=1e-12, atol=1e-12)
-    (sharded * target).sum().backward()
-    for parameter, gradient in zip(model.parameters(), expected, strict=True):
-        torch.testing.assert_close(parameter.grad, gradient, rtol=1e-10, atol=1e-11)
-    assert group.stages == [["spatial 0", "temporal 0", "spatial 1", "temporal 1", "head"]] * ranks
-
-
 @pytest.mark.parametrize("shape", [(0, 2, 4, 16), (3, 2, 0, 16)], ids=["no frames", "no tokens"])
 @pytest.mark.parametrize("over", ["space", "time"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
@@ -432,11 +346,3 @@ def test_a_config_that_cannot_work_is_refused(change: dict, message: str) -> Non
 def test_inputs_that_do_not_fit_are_refused(change: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         VideoDiT(CONFIG).double()(**{**inputs(), **change})
-
-
-def test_a_patch_may_be_unfilled_at_the_end_of_the_clip_only(monkeypatch) -> None:
-    monkeypatch.setattr(video_dit, "Region", ThreadRegion)
-    config = replace(CONFIG, patch=(2, 2, 2))
-    arguments = inputs(config, frames=8)
-    with pytest.raises(ValueError, match="give it 4 to 4 frames"):
-        VideoDiT(config).double()(**{**arguments, "video": arguments["video"][:3]}, group=(Group(2), 0))
