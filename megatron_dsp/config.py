@@ -20,8 +20,6 @@ _BUILT: dict[str, tuple[tuple[object, ...], tuple[object, ...]]] = {
     "backend": (("dsp", "ulysses", "ring"), ("dsp", "ulysses", "ring")),
     "plan": (("auto",), ("auto",)),
     "transport": (("auto", "torch", "mpi"), ("auto", "torch", "mpi")),
-    "overlap.enabled": (("auto", True, False), ("auto", False)),
-    "overlap.chunks": (("auto", 1), ("auto", 1)),
     "check_collectives": ((True, False), (True, False)),
 }
 
@@ -41,6 +39,7 @@ class Overlap(_Section):
 
     enabled: bool | Literal["auto"] = "auto"
     chunks: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
+    stream_priority: Annotated[int, Field(le=0)] = -1
 
 
 class SequenceParallel(_Section):
@@ -197,12 +196,11 @@ def _usage_error(error: ValidationError, prefix: str, model: type[BaseModel]) ->
 
 
 def _refuse_what_is_not_built(section: SequenceParallel) -> None:
-    values: dict[str, object] = {**dict(section), **{f"overlap.{key}": value for key, value in section.overlap}}
     for key, (named, built) in _BUILT.items():
-        value = values[key]
+        value = getattr(section, key)
         if any(value == choice and type(value) is type(choice) for choice in built):
             continue
         choices = ", ".join(json.dumps(choice) for choice in built)
-        known = key == "plan" or any(value == choice for choice in named) or key == "overlap.chunks"
+        known = key == "plan" or any(value == choice for choice in named)
         reason = "is not built yet" if known else "is not a value of this key"
         raise UsageError(f"config key sequence_parallel.{key}={value!r} {reason}; use one of: {choices}")

@@ -11,7 +11,9 @@ from megatron_dsp.errors import UsageError
 from megatron_dsp.mesh import Mesh
 from megatron_dsp.reshard.agreement import Agreement
 from megatron_dsp.reshard.exchange import exchange_of
+from megatron_dsp.reshard.measured_overlap import MeasuredOverlap
 from megatron_dsp.reshard.mpi_transport import MpiTransport
+from megatron_dsp.reshard.overlap import FixedOverlap, Overlap
 from megatron_dsp.reshard.transports import TorchTransport
 
 
@@ -33,8 +35,20 @@ def initialize(config: str | Path | dict[str, Any] | configs.Config) -> Mesh:
         )
     _set_transport(mesh, settings.sequence_parallel.transport)
     group = mesh.group("sequence")
-    exchange_of(group).agreement = Agreement(group) if settings.sequence_parallel.check_collectives else None
+    exchange = exchange_of(group)
+    exchange.agreement = Agreement(group) if settings.sequence_parallel.check_collectives else None
+    exchange.overlap = _overlap(mesh, settings.sequence_parallel.overlap)
+    exchange.stream_priority = settings.sequence_parallel.overlap.stream_priority
     return mesh
+
+
+def _overlap(mesh: Mesh, section: configs.Overlap) -> Overlap | None:
+    if section.enabled is False or section.chunks == 1:
+        return None
+    if section.chunks != "auto":
+        return FixedOverlap(section.chunks)
+    # All of these call modules together, as ZeRO 3 asks for.
+    return MeasuredOverlap(mesh.group("data", "sequence"))
 
 
 def _set_transport(mesh: Mesh, wanted: str) -> None:

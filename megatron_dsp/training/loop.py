@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from megatron_dsp.mesh import Mesh
 from megatron_dsp.reshard import ledger
+from megatron_dsp.reshard.exchange import exchange_of
 from megatron_dsp.training import checkpointing
 from megatron_dsp.training.checkpointing import Progress
 from megatron_dsp.training.log import TrainingLog
@@ -49,7 +50,7 @@ def train(engine: Any, workload: Workload, mesh: Mesh, arguments: argparse.Names
     started, first = time.perf_counter(), progress.iteration
     interval_loss, interval_start, interval_first = torch.zeros((), device=mesh.device), started, progress.iteration
 
-    switched = 0
+    switched, overlap, shown = 0, exchange_of(mesh.group("sequence")).overlap, 0
 
     with _stop_signal() as stop:
         while progress.iteration < arguments.train_iters:
@@ -65,6 +66,9 @@ def train(engine: Any, workload: Workload, mesh: Mesh, arguments: argparse.Names
             progress.iteration += 1
             progress.consumed_samples += engine.train_batch_size()
             log.advance(progress.iteration)
+            for decision in [] if overlap is None else overlap.decisions[shown:]:
+                log.message(f"overlap from iteration {progress.iteration} on: {decision}")
+                shown += 1
             stopping = _any_rank(stop.received)
 
             last = stopping or progress.iteration == arguments.train_iters

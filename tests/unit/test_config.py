@@ -19,8 +19,9 @@ KEYS = {
     "sequence_parallel.size": [1, 2, 64],
     "sequence_parallel.plan": ["auto"],
     "sequence_parallel.transport": ["auto", "torch"],
-    "sequence_parallel.overlap.enabled": ["auto", False],
-    "sequence_parallel.overlap.chunks": ["auto", 1],
+    "sequence_parallel.overlap.enabled": ["auto", False, True],
+    "sequence_parallel.overlap.chunks": ["auto", 1, 4],
+    "sequence_parallel.overlap.stream_priority": [-1, 0],
     "sequence_parallel.check_collectives": [False, True],
     "mesh.tensor": [1, 2, 64],
     "mesh.pipe": [1, 2, 64],
@@ -137,8 +138,6 @@ def test_a_value_of_the_wrong_kind_is_named_with_the_rule(key, value, rule):
         ("transport", "nccl", "is not a value", '"auto", "torch", "mpi"'),
         ("plan", ["time", "space"], "is not built yet", '"auto"'),
         ("plan", "plan.json", "is not built yet", '"auto"'),
-        ("overlap.enabled", True, "is not built yet", '"auto", false'),
-        ("overlap.chunks", 4, "is not built yet", '"auto", 1'),
     ],
 )
 def test_what_is_not_built_is_refused_with_what_is(key, value, reason, built):
