@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-# Attends for a module over a dim of queries, keys and values [T, B, S, H, D] that is sharded.
-OverRanks = Callable[["SelfAttention", Tensor, Tensor, Tensor], Tensor]
+# Does what a module's forward does (x and rotations are its arguments) where the dim that it attends over is sharded.
+OverRanks = Callable[["SelfAttention", Tensor, Tensor | None], Tensor]
 
 
 def attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -76,12 +76,21 @@ class SelfAttention(nn.Module):
 
         ``over_ranks`` attends where the dim itself is sharded (`megatron_dsp.embedded`); without it, x has all of the dim.
         """
+        if over_ranks is not None:
+            return over_ranks(self, x, rotations)
+        return self.finish(self.attend(*self.project(x, rotations)))
+
+    def project(self, x: Tensor, rotations: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values [T, B, S, H, D] of x."""
         query = self.query_norm(self.query(x).unflatten(-1, self.head_shape))
         key = self.key_norm(self.key(x).unflatten(-1, self.head_shape))
         value = self.value(x).unflatten(-1, self.head_shape)
         if rotations is not None:
             query, key = rotate(query, rotations), rotate(key, rotations)
-        attended = self.attend(query, key, value) if over_ranks is None else over_ranks(self, query, key, value)
+        return query, key, value
+
+    def finish(self, attended: Tensor) -> Tensor:
+        """From attended values [T, B, S, H, D] to [T, B, S, C]."""
         return self.out(attended.flatten(-2))
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:

@@ -10,14 +10,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
-from megatron_dsp.embedded import ring, ulysses
+from megatron_dsp.embedded import ring, ulysses, ulysses_in_chunks
 from megatron_dsp.errors import UsageError
 from megatron_dsp.layout import Layout
 from megatron_dsp.models.attention import CrossAttention, OverRanks, SelfAttention
@@ -30,7 +30,8 @@ from megatron_dsp.models.embeddings import (
     time_rotations,
     unpatchify,
 )
-from megatron_dsp.reshard import Region, Stage
+from megatron_dsp.reshard import FixedOverlap, Region, Stage
+from megatron_dsp.reshard.exchange import exchange_of
 
 DIMS = ("time", "batch", "space", "channels")
 # The dim that is sharded while a stage runs: with DSP one that the stage does not mix, with Ulysses and Ring always the same.
@@ -212,7 +213,7 @@ class VideoDiT(nn.Module):
         token_frames, batch = timesteps.shape
         h, w = grid_size(video.shape[3], video.shape[4], self.config.patch)
         sizes = (token_frames, batch, h * w, self.config.hidden)
-        over_ranks = attention_over_ranks(backend, token_frames, group)
+        over_ranks = None if group is None or backend == "dsp" else attention_over_ranks(backend, token_frames, group)
         sharded = SHARDED_DIM if over_ranks is None else SHARDED_DIM_EMBEDDED
         region = Region(Layout(DIMS, sizes, sharded=sharded["embedding"]), group)
         self._check_frames(video.shape[0], region, token_frames)
@@ -283,19 +284,27 @@ class VideoDiT(nn.Module):
             )
 
 
-def attention_over_ranks(backend: str, frames: int, group: ProcessGroup | None) -> OverRanks | None:
-    """What attends over time where time is sharded; None where it is whole, with DSP and in one process."""
-    if group is None or backend == "dsp":
-        return None
+def attention_over_ranks(backend: str, frames: int, group: ProcessGroup) -> OverRanks:
+    """What attends over time, of ``frames`` token frames, where time is sharded."""
+    overlap = exchange_of(group).overlap
+    # Which number of chunks is fastest is measured for DSP's stages alone.
+    chunks = overlap.chunks if isinstance(overlap, FixedOverlap) else 1
 
-    def by_ulysses(module: SelfAttention, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        return ulysses(module.attend, query, key, value, over=0, heads=3, size=frames, group=group, stage="temporal")
+    where: Any = {"over": 0, "heads": 3, "size": frames, "group": group, "stage": "temporal"}
 
-    def by_ring(module: SelfAttention, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        batched = (module.batched(x) for x in (query, key, value))
-        return module.stored(ring(*batched, size=frames, group=group, stage="temporal"), query)
+    def by_ulysses(module: SelfAttention, x: Tensor, rotations: Tensor | None) -> Tensor:
+        return module.finish(ulysses(module.attend, *module.project(x, rotations), **where))
 
-    return {"ulysses": by_ulysses, "ring": by_ring}[backend]
+    def by_ulysses_in_chunks(module: SelfAttention, x: Tensor, rotations: Tensor | None) -> Tensor:
+        project = partial(module.project, rotations=rotations)
+        return ulysses_in_chunks(project, module.attend, module.finish, x, along=2, chunks=chunks, **where)
+
+    def by_ring(module: SelfAttention, x: Tensor, rotations: Tensor | None) -> Tensor:
+        query, key, value = module.project(x, rotations)
+        batched = (module.batched(each) for each in (query, key, value))
+        return module.finish(module.stored(ring(*batched, size=frames, group=group, stage="temporal"), query))
+
+    return {"ulysses": by_ulysses if chunks == 1 else by_ulysses_in_chunks, "ring": by_ring}[backend]
 
 
 def modulated_norm(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:

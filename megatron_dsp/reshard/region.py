@@ -50,7 +50,7 @@ class Region:
         if stages:
             x = self.shard(x, stages[0].sharded, stage=stages[0].name)
         overlap = None if self.group is None else _overlap(self.group)
-        if overlap is not None:
+        if overlap is not None and len({stage.sharded for stage in stages}) > 1:
             schedule, x = overlap.enter(self, stages, x, independent)
             if not schedule.plain:
                 return chunked.run(self, stages, x, schedule)

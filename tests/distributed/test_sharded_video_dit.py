@@ -53,7 +53,10 @@ def _compare(T: int, H: int, W: int, patch: tuple[int, int, int], backend: str, 
     if backend != "dsp":
         calls = {operation: calls for operation, (calls, _) in moved.by("operation").items()}
         # A layer: Ulysses takes q, k, v there and the result back; Ring sends blocks round, and their gradients.
-        name, forward, backward = ("switch", 2, 2) if backend == "ulysses" else ("ring", size - 1, 2 * size - 1)
+        chunks = 1 if overlap is None else overlap.chunks
+        name, forward, backward = (
+            ("switch", 2 * chunks, 2 * chunks) if backend == "ulysses" else ("ring", size - 1, 2 * size - 1)
+        )
         assert calls == {name: LAYERS * forward, name + " adjoint": LAYERS * backward}
         return
     # Two switches a layer pair, forward and backward, of the bytes that the shards say.
@@ -106,3 +109,8 @@ def test_a_patch_may_be_unfilled_at_the_end_of_the_clip_only(ranks):
 @pytest.mark.parametrize(("backend", "size", "T"), [("ulysses", 2, 5), ("ulysses", 3, 2), ("ring", 2, 4), ("ring", 3, 6)])
 def test_other_backends_of_the_same_model(ranks, backend, size, T):
     ranks(size, _compare, T, 4, 6, (1, 2, 2), backend)
+
+
+@pytest.mark.parametrize(("size", "T"), [(2, 5), (3, 2)])
+def test_ulysses_in_chunks(ranks, size, T):
+    ranks(size, _compare, T, 4, 6, (1, 2, 2), "ulysses", FixedOverlap(4))
