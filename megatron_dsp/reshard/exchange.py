@@ -19,6 +19,7 @@ from megatron_dsp.reshard.agreement import Agreement
 from megatron_dsp.reshard.moves import Move, as_bytes
 from megatron_dsp.reshard.packing import counts, pack, shard_shapes, unpack
 from megatron_dsp.reshard.side_stream import SideStream
+from megatron_dsp.reshard.trace import named
 from megatron_dsp.reshard.transports import End, TorchTransport, Transport
 
 if TYPE_CHECKING:
@@ -72,6 +73,8 @@ class Exchange:
         self.transport_reason = "no config was given"
         self.agreement: Agreement | None = None  # with "check_collectives"
         self.overlap: Overlap | None = None
+        # While exposed communication is measured: what moves the switches to these kinds of stages instead (None: to all).
+        self.removed: tuple[Transport, frozenset[str] | None] | None = None
         self.stream_priority = -1  # of the stream that packs and unpacks beside compute; -1: before it
         self._side_streams: dict[torch.device, SideStream] = {}
         self.counts: dict[tuple[str, str], tuple[int, int]] = {}
@@ -97,7 +100,8 @@ class Exchange:
             )
             for x, gather_dim, split_dim, size in zip(xs, gather, split, sizes, strict=True)
         ]
-        return self.begin_switch(moves, stage, operation)()
+        with named(f"{operation} {stage}"):
+            return self.begin_switch(moves, stage, operation)()
 
     def begin_switch(self, moves: list[Move], stage: str, operation: str, *, beside: bool = False) -> End:
         """Start one collective that makes all ``moves``. What is returned waits for it, and is to be called once.
@@ -117,9 +121,12 @@ class Exchange:
             self.agreement.check(_text(operation, stage, *wholes, dims))
         moves = [move._replace(x=_plain(move.x)) for move in moves]
         self._count(stage, operation, sum(move.sent_to_others(self.rank) for move in moves))
+        transport = self.transport
+        if self.removed is not None and (self.removed[1] is None or stage.split(" ")[0] in self.removed[1]):
+            transport = self.removed[0]
         if beside and moves[0].x.is_cuda:
-            return self._side_stream(moves[0].x.device).begin(self.transport, moves)
-        return self.transport.begin(moves)
+            return self._side_stream(moves[0].x.device).begin(transport, moves)
+        return transport.begin(moves)
 
     def _side_stream(self, device: torch.device) -> SideStream:
         stream = self._side_streams.get(device)

@@ -18,6 +18,7 @@ from torch.autograd.function import once_differentiable
 
 from megatron_dsp.reshard.exchange import Exchange
 from megatron_dsp.reshard.moves import Move, Ranges
+from megatron_dsp.reshard.trace import named
 from megatron_dsp.reshard.transports import End
 
 
@@ -88,13 +89,15 @@ class Leg:
         self._begin(Move(gradient, split, gather, split_ranges, gather_ranges, into), "switch adjoint")
 
     def _begin(self, move: Move, operation: str) -> None:
-        self._end = self._exchange.begin_switch([move], self._stage, operation, beside=True)
+        with named(f"begin {operation} {self._stage}"):
+            self._end = self._exchange.begin_switch([move], self._stage, operation, beside=True)
 
     def wait(self) -> None:
         """Until what was sent off last has arrived."""
         end, self._end = self._end, None
         if end is not None:
-            end()
+            with named(f"wait for switch {self._stage}"):
+                end()
 
     def __del__(self) -> None:
         # A pass that was given up half way, as by checkpointing, which stops when it has recomputed what it needs. The other

@@ -98,6 +98,16 @@ def parser(description: str) -> argparse.ArgumentParser:
     group.add_argument("--eval-iters", type=int, default=1, help="global batches of a validation; 0: none")
     group.add_argument("--log-interval", type=int, default=10)
     group.add_argument("--tensorboard-dir", type=Path)
+    group.add_argument(
+        "--exposed-communication-interval",
+        type=int,
+        default=0,
+        help="iterations between measurements of what switches add to a step, by stage; each takes some 30 steps; 0: none",
+    )
+    group.add_argument("--profile", action="store_true", help="write a trace of some iterations, for ui.perfetto.dev")
+    group.add_argument("--profile-step-start", type=int, default=10, help="first iteration of the trace")
+    group.add_argument("--profile-step-end", type=int, default=12, help="iteration before which it ends")
+    group.add_argument("--profile-dir", type=Path, default=Path("profile"), help="folder of the traces, one file a rank")
     return arguments
 
 

@@ -6,7 +6,7 @@ import argparse
 import resource
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Protocol
 
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from megatron_dsp.mesh import Mesh
 from megatron_dsp.reshard import ledger
 from megatron_dsp.reshard.exchange import exchange_of
+from megatron_dsp.reshard.exposed import exposed_seconds
 from megatron_dsp.training import checkpointing
 from megatron_dsp.training.checkpointing import Progress
 from megatron_dsp.training.log import TrainingLog
@@ -52,8 +53,9 @@ def train(engine: Any, workload: Workload, mesh: Mesh, arguments: argparse.Names
 
     switched, overlap, shown = 0, exchange_of(mesh.group("sequence")).overlap, 0
 
-    with _stop_signal() as stop:
+    with _stop_signal() as stop, _trace(arguments, mesh, log) as trace_step:
         while progress.iteration < arguments.train_iters:
+            trace_step(progress.iteration)
             engine.train()
             learning_rate = engine.get_lr()[0]
             with ledger() as moved:
@@ -86,6 +88,11 @@ def train(engine: Any, workload: Workload, mesh: Mesh, arguments: argparse.Names
                 )
                 interval_loss.zero_()
                 interval_first, interval_start = progress.iteration, now
+            interval = arguments.exposed_communication_interval
+            if interval and progress.iteration % interval == 0:
+                now = time.perf_counter()
+                _show_exposed(engine, workload, mesh, progress, log)
+                interval_start += time.perf_counter() - now
             if arguments.eval_iters and (progress.iteration % arguments.eval_interval == 0 or last):
                 _validate(engine, workload, mesh, arguments.eval_iters, progress, log)
             if arguments.save and arguments.save_interval and progress.iteration % arguments.save_interval == 0:
@@ -121,6 +128,26 @@ def _validate(engine: Any, workload: Workload, mesh: Mesh, batches: int, progres
     value = _average(total / count, mesh)
     log.message(f" validation loss at iteration {progress.iteration} | loss: {value:.6E} |")
     log.scalars(progress.iteration, {"validation loss": value})
+
+
+def _show_exposed(engine: Any, workload: Workload, mesh: Mesh, progress: Progress, log: TrainingLog) -> None:
+    """What communication adds to forward and backward of a micro-batch. Weights and their gradients stay as they are."""
+    exchange = exchange_of(mesh.group("sequence"))
+    overlap, samples = exchange.overlap, next(_micro_batches(engine, mesh, progress.consumed_samples))
+    weights = [weight for weight in engine.module.parameters() if weight.requires_grad]
+    if overlap is not None and not overlap.decisions:
+        exchange.overlap = None  # its trials are of training's passes
+    try:
+        # Not backward(): it would have DeepSpeed reduce these gradients.
+        seconds = exposed_seconds(
+            lambda: torch.autograd.grad(workload.loss(engine.module, samples), weights), exchange, mesh.device
+        )
+    finally:
+        exchange.overlap = overlap
+    step = seconds.pop("step")
+    parts = " | ".join(f"{name}: {1000 * value:.1f}" for name, value in seconds.items())
+    log.message(f" exposed communication (ms) of {1000 * step:.1f} at iteration {progress.iteration} | {parts} |")
+    log.scalars(progress.iteration, {f"exposed {name} (ms)": 1000 * value for name, value in seconds.items()})
 
 
 def _save(engine: Any, mesh: Mesh, arguments: argparse.Namespace, progress: Progress, log: TrainingLog) -> int:
@@ -165,6 +192,35 @@ def _stop_signal() -> Iterator[_Stop]:
         yield stop
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+@contextmanager
+def _trace(arguments: argparse.Namespace, mesh: Mesh, log: TrainingLog) -> Iterator[Callable[[int], None]]:
+    """What is given is called before each iteration, with its number; the trace is that of the iterations asked for."""
+    profiler: torch.profiler.profile | None = None
+
+    def stop() -> None:
+        nonlocal profiler
+        if profiler is not None:
+            profiler.stop()
+            arguments.profile_dir.mkdir(parents=True, exist_ok=True)
+            path = arguments.profile_dir / f"rank{dist.get_rank()}.json"
+            profiler.export_chrome_trace(str(path))
+            log.message(f" wrote {path} and those of the other ranks: open them at https://ui.perfetto.dev")
+            profiler = None
+
+    def before(iteration: int) -> None:
+        nonlocal profiler
+        if iteration == arguments.profile_step_end:
+            stop()
+        if arguments.profile and iteration == arguments.profile_step_start:
+            profiler = torch.profiler.profile()
+            profiler.start()
+
+    try:
+        yield before
+    finally:
+        stop()
 
 
 def _any_rank(flag: bool) -> bool:
