@@ -20,7 +20,7 @@ _BUILT: dict[str, tuple[tuple[object, ...], tuple[object, ...]]] = {
     "backend": (("dsp", "ulysses", "ring"), ("dsp", "ulysses", "ring")),
     "plan": (("auto",), ("auto",)),
     "transport": (("auto", "torch", "mpi"), ("auto", "torch", "mpi")),
-    "check_collectives": ((True, False), (True, False)),
+    "check_collectives": ((True, False, "sampled"), (True, False, "sampled")),
 }
 
 # Keys of DeepSpeed's own that would reduce gradients over other groups than data x sequence.
@@ -50,7 +50,7 @@ class SequenceParallel(_Section):
     plan: str | list[Any] = "auto"
     transport: str = "auto"
     overlap: Overlap = Overlap()
-    check_collectives: bool = False
+    check_collectives: bool | str = False
 
 
 class MeshDegrees(_Section):

@@ -36,7 +36,8 @@ def initialize(config: str | Path | dict[str, Any] | configs.Config) -> Mesh:
     _set_transport(mesh, settings.sequence_parallel.transport)
     group = mesh.group("sequence")
     exchange = exchange_of(group)
-    exchange.agreement = Agreement(group) if settings.sequence_parallel.check_collectives else None
+    check = settings.sequence_parallel.check_collectives
+    exchange.agreement = Agreement(group, Agreement.SAMPLED if check == "sampled" else 1) if check else None
     exchange.overlap = _overlap(mesh, settings.sequence_parallel.overlap)
     exchange.stream_priority = settings.sequence_parallel.overlap.stream_priority
     return mesh

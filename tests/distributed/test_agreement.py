@@ -10,6 +10,7 @@ import torch.distributed as dist
 
 import megatron_dsp as dsp
 from megatron_dsp.reshard.agreement import Agreement
+from megatron_dsp.reshard.exchange import exchange_of
 
 STAGES = ("spatial 0", "temporal 0", "spatial 1")
 
@@ -68,3 +69,24 @@ def test_a_rank_that_does_not_come_is_named_by_the_others(ranks):
         assert "ranks [1] did not come" in message
         assert "switch adjoint" in message
         assert seconds < 10
+
+
+def _swap_in(every: int) -> tuple[str, int]:
+    """Many switches, of which rank 1 issues two of equal sizes in the other order; how many were issued until that showed."""
+    group = dist.group.WORLD
+    exchange_of(group).agreement = Agreement(group, every)
+    x = torch.randn(2, 4)
+    for number in range(40):
+        stage = {12: 13, 13: 12}.get(number, number) if dist.get_rank() == 1 else number
+        try:
+            dsp.switch(x, gather=0, split=1, size=4, group=group, stage=f"stage {stage}")
+        except ValueError as error:
+            return str(error), number
+    return "", 40
+
+
+def test_sampled_checks_name_a_divergence_that_did_not_hang(ranks):
+    for message, number in ranks(2, _swap_in, 8):
+        assert number == 15  # the last of the eight among which it is
+        assert "Expected, as most do or the first: collective 13: switch, stage 'stage 12'" in message
+        assert "rank 1 came to collective 13: switch, stage 'stage 13'" in message

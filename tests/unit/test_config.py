@@ -22,7 +22,7 @@ KEYS = {
     "sequence_parallel.overlap.enabled": ["auto", False, True],
     "sequence_parallel.overlap.chunks": ["auto", 1, 4],
     "sequence_parallel.overlap.stream_priority": [-1, 0],
-    "sequence_parallel.check_collectives": [False, True],
+    "sequence_parallel.check_collectives": [False, True, "sampled"],
     "mesh.tensor": [1, 2, 64],
     "mesh.pipe": [1, 2, 64],
 }
@@ -119,7 +119,6 @@ def test_an_unknown_key_near_to_none_gets_the_list(key):
         ("sequence_parallel.overlap.enabled", "yes", "auto"),
         ("sequence_parallel.overlap.chunks", 1.5, "integer"),
         ("sequence_parallel.overlap.chunks", "many", "auto"),
-        ("sequence_parallel.check_collectives", "false", "boolean"),
         ("sequence_parallel", 2, "section"),
         ("mesh", [1, 2], "section"),
         ("mesh", None, "section"),
@@ -136,6 +135,7 @@ def test_a_value_of_the_wrong_kind_is_named_with_the_rule(key, value, rule):
     [
         ("backend", "megatron", "is not a value", '"dsp", "ulysses", "ring"'),
         ("transport", "nccl", "is not a value", '"auto", "torch", "mpi"'),
+        ("check_collectives", "false", "is not a value", 'true, false, "sampled"'),
         ("plan", ["time", "space"], "is not built yet", '"auto"'),
         ("plan", "plan.json", "is not built yet", '"auto"'),
     ],
