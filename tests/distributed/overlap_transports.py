@@ -1,0 +1,208 @@
+"""Transports that show what code in chunks relies on, and mutations of that code. Used by test_overlap.py."""
+
+from __future__ import annotations
+
+import gc
+import inspect
+import itertools
+import sys
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from types import FunctionType, ModuleType
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_dsp.reshard.buffers import BufferPool
+from megatron_dsp.reshard.moves import Move
+from megatron_dsp.reshard.transports import End, Transport
+
+
+class _Around:
+    """A transport that passes on to a real one."""
+
+    def __init__(self, real: Transport):
+        self.real = real
+        self.name, self.buffers = real.name, real.buffers
+
+    def check(self, x: Tensor) -> None:
+        self.real.check(x)
+
+
+class RecordingTransport(_Around):
+    """Writes down when which switch begins and ends, into ``log``, where stages write as well."""
+
+    def __init__(self, real: Transport, log: list[str]):
+        super().__init__(real)
+        self.log, self._begun = log, 0
+
+    def begin(self, moves: list[Move]) -> End:
+        number, self._begun = self._begun, self._begun + 1
+        self.log.append(f"b{number}")
+        real_end = self.real.begin(moves)
+
+        def end() -> list[Tensor]:
+            self.log.append(f"e{number}")
+            return real_end()
+
+        return end
+
+
+class LateTransport(_Around):
+    """Nothing arrives before its end is called: until then there is NaN in its place.
+
+    Sources are read at the end, so that one changed before shows; with ``reads_early``, at the begin, as a real transport may.
+    ``ends`` says of each transfer how often it was ended; once is right.
+    """
+
+    def __init__(self, real: Transport, rank: int, *, reads_early: bool = False):
+        super().__init__(real)
+        self._rank, self._reads_early = rank, reads_early
+        self.ends: list[int] = []
+
+    def begin(self, moves: list[Move]) -> End:
+        results = [move.result(self._rank, self.buffers) for move in moves]
+        moves = [move._replace(into=result) for move, result in zip(moves, results, strict=True)]
+        places = [move.targets(result) for move, result in zip(moves, results, strict=True)]
+        for place in itertools.chain(*places):
+            place.fill_(torch.nan)
+        arrive = self._begin_elsewhere(moves) if self._reads_early else None
+        number = len(self.ends)
+        self.ends.append(0)
+
+        @torch.no_grad()  # as in the autograd functions that begin: an end may be called by a destructor, in any mode
+        def end() -> list[Tensor]:
+            self.ends[number] += 1
+            if arrive is None:
+                return self.real.begin(moves)()
+            for place, piece in zip(itertools.chain(*places), itertools.chain(*arrive()), strict=True):
+                place.copy_(piece)
+            return results
+
+        return end
+
+    def _begin_elsewhere(self, moves: list[Move]) -> Callable[[], list[list[Tensor]]]:
+        """Begin moves into memory of their own; what is returned waits, and gives each one's pieces by rank."""
+        moves = [move._replace(into=None) for move in moves]
+        end = self.real.begin(moves)
+        return lambda: [move.targets(result) for move, result in zip(moves, end(), strict=True)]
+
+
+class LateMessages:
+    """Stands for torch.distributed in `TorchTransport`: what is received is there only after its ``wait``.
+
+    Until then there are bytes 0xFF (NaN to floats). ``unwaited`` is how many sends nobody has waited for yet, ``freed`` how
+    many messages of an all-to-all were freed before that.
+    """
+
+    def __init__(self) -> None:
+        self.unwaited = self.freed = 0
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(dist, name)
+
+    def irecv(self, message: Tensor, **keywords: Any) -> _LateWork:
+        arriving = torch.empty_like(message)
+        work = dist.irecv(arriving, **keywords)
+        message.fill_(0xFF)
+        return _LateWork([work], lambda: message.copy_(arriving))
+
+    def isend(self, message: Tensor, **keywords: Any) -> _LateWork:
+        self.unwaited += 1
+        return _LateWork([dist.isend(message, **keywords)], self._waited)
+
+    def all_to_all(self, received: list[Tensor], sent: list[Tensor], *, group: dist.ProcessGroup, async_op: bool) -> _LateWork:
+        """Of sends and receives, which Gloo has. As on CUDA, nobody but the caller keeps the messages alive."""
+        assert async_op
+        others = [rank for rank in range(group.size()) if rank != group.rank()]
+        works = [self.irecv(received[rank], group=group, group_src=rank) for rank in others]
+        works += [self.isend(sent[rank].clone(), group=group, group_dst=rank) for rank in others]
+        messages = [weakref.ref(message) for message in sent]
+
+        def then() -> None:
+            self.freed += sum(message() is None for message in messages)
+
+        return _LateWork(works, then)
+
+    def _waited(self) -> None:
+        self.unwaited -= 1
+
+
+class _LateWork:
+    def __init__(self, works: Sequence[Any], then: Callable[[], Any]):
+        self._works, self._then = works, then
+
+    def wait(self) -> None:
+        for work in self._works:
+            work.wait()
+        self._then()
+
+
+class CopiesOnOneDevice:
+    """A transport of one rank: what it moves comes to itself, on the current stream, after ``sleep`` cycles of the GPU.
+
+    With ``at_the_end``, the copy is made by the end, as unpacking is. Sources are kept alive only where that needs them.
+    """
+
+    name = "one device"
+
+    def __init__(self, sleep: int, *, at_the_end: bool = False):
+        self.buffers = BufferPool()
+        self._sleep, self._at_the_end = sleep, at_the_end
+
+    def check(self, x: Tensor) -> None:
+        pass
+
+    def begin(self, moves: list[Move]) -> End:
+        results = [move.result(0, self.buffers) for move in moves]
+        late = [move.x for move in moves] if self._at_the_end else []
+        if not late:
+            self._copy([move.x for move in moves], results)
+
+        def end() -> list[Tensor]:
+            if late:
+                self._copy(late, results)
+            return results
+
+        return end
+
+    def _copy(self, sources: list[Tensor], results: list[Tensor]) -> None:
+        torch.cuda._sleep(self._sleep)
+        for source, result in zip(sources, results, strict=True):
+            result.copy_(source)
+
+
+@contextmanager
+def unraisable() -> Iterator[list[str]]:
+    """The errors of destructors in the block, which Python prints and forgets."""
+    errors: list[str] = []
+    usual, sys.unraisablehook = sys.unraisablehook, lambda raised: errors.append(f"in {raised.object}: {raised.exc_value!r}")
+    try:
+        yield errors
+        gc.collect()
+    finally:
+        sys.unraisablehook = usual
+
+
+@contextmanager
+def mutated(module: ModuleType, old: str = "", new: str = "") -> Iterator[ModuleType]:
+    """In the block, the package uses a copy of ``module`` whose source has ``new`` for ``old``; the copy is given."""
+    source = inspect.getsource(module)
+    assert not old or source.count(old) == 1, f"{source.count(old)} times in {module.__name__}, to be mutated there:\n{old}"
+    mutant = ModuleType(module.__name__)
+    exec(compile(source.replace(old, new) if old else source, f"{module.__file__} (a copy)", "exec"), mutant.__dict__)
+    replaced: list[tuple[ModuleType, str, Any]] = []
+    try:
+        for user in [user for name, user in sys.modules.items() if name.startswith("megatron_dsp.") and user is not module]:
+            for name, value in list(vars(user).items()):
+                made_there = isinstance(value, (type, FunctionType)) and value.__module__ == module.__name__
+                if value is module or made_there:
+                    replaced.append((user, name, value))
+                    setattr(user, name, mutant if value is module else getattr(mutant, value.__name__))
+        yield mutant
+    finally:
+        for user, name, value in replaced:
+            setattr(user, name, value)

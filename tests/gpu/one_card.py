@@ -1,0 +1,243 @@
+"""What the tests on one GPU move tensors with, and changed copies of the package's code.
+
+Time is made visible by `torch.cuda._sleep`: what was not waited for is read long before it is there. A kernel's first launch
+may wait for the whole device while its code is loaded, and so may the first allocation of its kind: run everything once before.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_dsp.reshard import side_stream, transports
+from megatron_dsp.reshard.buffers import BufferPool
+from megatron_dsp.reshard.moves import Move
+from megatron_dsp.reshard.side_stream import SideStream
+from megatron_dsp.reshard.transports import End, TorchTransport
+
+
+class Copies:
+    """A transport of one rank, on the current stream: `begin` packs a message, its end unpacks it, each after a sleep.
+
+    Nobody but the caller keeps sources alive.
+    """
+
+    name = "copies"
+
+    def __init__(self, before_begin: int = 0, before_end: int = 0):
+        self.buffers = BufferPool()
+        self._cycles = before_begin, before_end
+
+    def check(self, x: Tensor) -> None:
+        """Nothing is refused."""
+
+    def begin(self, moves: list[Move]) -> End:
+        results = [move.result(0, self.buffers) for move in moves]
+        messages = [torch.empty_like(move.x) for move in moves]
+        torch.cuda._sleep(self._cycles[0])
+        for move, message in zip(moves, messages, strict=True):
+            message.copy_(move.x)
+        cycles = self._cycles[1]
+
+        def end() -> list[Tensor]:
+            torch.cuda._sleep(cycles)
+            for message, result in zip(messages, results, strict=True):
+                result.copy_(message)
+            return results
+
+        return end
+
+
+class EchoGroup:
+    """Stands for a group of ``size`` ranks in one process, whose other ranks send back what they are sent.
+
+    Shards are to be even. Then a switch gives `echoed`, with its adjoint.
+    """
+
+    group_desc = "echo"
+
+    def __init__(self, size: int):
+        self._size = size
+        self.group_name = f"echo {id(self)}"
+
+    def size(self) -> int:
+        """Of the group."""
+        return self._size
+
+    def rank(self) -> int:
+        """Of this process."""
+        return 0
+
+
+def echoed(x: Tensor, gather: int, split: int, size: int) -> Tensor:
+    """What a switch of ``x`` gives in an `EchoGroup`."""
+    return torch.cat(x.chunk(size, split), gather)
+
+
+class EchoCollectives:
+    """Stands for torch.distributed in `TorchTransport`, with an `EchoGroup`, as NCCL does it: on a stream of its own.
+
+    That waits for what the stream that is current has been given, and whoever waits for the work makes their current stream
+    wait for it. Nobody but the caller keeps messages alive. Messages take ``cycles`` of the GPU before they go; where not
+    ``moves``, they do not go at all.
+    """
+
+    def __init__(self) -> None:
+        self._stream = torch.cuda.Stream()
+        self.cycles, self.moves = 0, True
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(dist, name)
+
+    def get_backend_config(self, group: EchoGroup) -> str:
+        """That of a mesh's groups on GPUs."""
+        return "cpu:gloo,cuda:nccl"
+
+    def all_to_all(self, received: list[Tensor], sent: list[Tensor], *, group: EchoGroup, async_op: bool) -> _EchoWork:
+        """Each rank's message comes back from it."""
+        assert async_op
+        self._stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._stream):
+            if self.cycles:
+                torch.cuda._sleep(self.cycles)
+            if self.moves:
+                for to, back in zip(sent, received, strict=True):
+                    back.copy_(to)
+        return _EchoWork(self._stream.record_event())
+
+
+class _EchoWork:
+    def __init__(self, done: torch.cuda.Event):
+        self._done = done
+
+    def wait(self) -> None:
+        torch.cuda.current_stream().wait_event(self._done)
+
+
+class Staged:
+    """Through pinned host memory and Gloo, for processes that share a card, which NCCL refuses.
+
+    All on the current stream, for which the host waits before Gloo reads: its threads know no streams. Results come after
+    ``cycles`` of the GPU.
+    """
+
+    name = "staged"
+
+    def __init__(self, group: dist.ProcessGroup, cycles: int):
+        self._real, self._rank, self._cycles = TorchTransport(group), group.rank(), cycles
+        self.buffers = BufferPool()
+
+    def check(self, x: Tensor) -> None:
+        """Nothing is refused."""
+
+    def begin(self, moves: list[Move]) -> End:
+        results = [move.result(self._rank, self.buffers) for move in moves]
+        on_host = []
+        for move, result in zip(moves, results, strict=True):
+            x, into = (torch.empty(like.shape, dtype=like.dtype, pin_memory=True) for like in (move.x, result))
+            x.copy_(move.x, non_blocking=True)
+            on_host.append(move._replace(x=x, into=into))
+        torch.cuda.current_stream().synchronize()
+        end_on_host = self._real.begin(on_host)
+
+        def end() -> list[Tensor]:
+            arrived = end_on_host()
+            torch.cuda._sleep(self._cycles)
+            for move, result, whole in zip(on_host, results, arrived, strict=True):
+                # A chunk has arrived in its places alone.
+                copy = whole.to(result.device, non_blocking=True)
+                for place, piece in zip(move.targets(result), move.targets(copy), strict=True):
+                    place.copy_(piece)
+            return results
+
+        return end
+
+
+def flood(nbytes: int) -> list[Tensor]:
+    """Bytes 0xFF (NaN) in all memory that a tensor of ``nbytes`` could get on the current stream without asking the device.
+
+    It is the caller's until the list is dropped.
+    """
+    reserved, taken = torch.cuda.memory_reserved(), []
+    while torch.cuda.memory_reserved() == reserved:
+        taken.append(torch.full([nbytes], 0xFF, dtype=torch.uint8, device="cuda"))
+    return taken
+
+
+def gpu_work(run: Callable[[], object]) -> list[str]:
+    """The names of the kernels and copies that the GPU does for ``run``, in the order of their starts."""
+    run()
+    torch.cuda.synchronize()
+    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=activities) as profile:
+        run()
+        torch.cuda.synchronize()
+    with tempfile.TemporaryDirectory() as folder:
+        trace = Path(folder) / "trace.json"
+        profile.export_chrome_trace(str(trace))
+        events = json.loads(trace.read_text())["traceEvents"]
+    done = [event for event in events if event.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset")]
+    if not done:
+        pytest.skip("needs a profiler that sees the GPU's work: CUPTI is missing, or may not be used here")
+    return [event["name"] for event in sorted(done, key=lambda event: float(event["ts"]))]
+
+
+def is_copy(name: str) -> bool:
+    """Whether a kernel or copy of this name only moves data."""
+    return "memcpy" in name.lower() or "copy" in name.lower() or name.startswith("CatArray")
+
+
+def changed(module: ModuleType, *changes: tuple[str, str]) -> ModuleType:
+    """A copy of ``module``, for itself alone, whose source has the second text for the first in each of ``changes``."""
+    source = inspect.getsource(module)
+    for old, new in changes:
+        assert source.count(old) == 1, f"{source.count(old)} times in {module.__name__}, to be changed there:\n{old}"
+        source = source.replace(old, new)
+    copy = ModuleType(module.__name__)
+    exec(compile(source, f"{module.__file__} (changed)", "exec"), copy.__dict__)
+    return copy
+
+
+def _side_stream(fault: str, *changes: tuple[str, str]) -> type[SideStream]:
+    made = changed(side_stream, *changes).SideStream
+    made.__name__ = fault  # in names of tests
+    return made
+
+
+_CURRENT = "torch.cuda.current_stream(self._stream.device)"
+_DEFAULT = "torch.cuda.default_stream(self._stream.device)"
+_ENTER = "with torch.cuda.stream(self._stream):\n"
+_DONE = "            done = self._stream.record_event()\n"
+_ENDS = f"            {_ENTER}                results = end()\n"
+
+# Made when this is imported, so that a test run without a GPU finds changes that no longer fit the source.
+COMPUTE_NOT_WAITED_FOR = _side_stream("compute is not waited for", ("        self._stream.wait_event(ready)\n", ""))
+RESULTS_NOT_WAITED_FOR = _side_stream("results are not waited for", (f"            {_CURRENT}.wait_event(done)\n", ""))
+DONE_BEFORE_THE_END = _side_stream("done before the end", (_ENDS + _DONE, _DONE + _ENDS))
+SOURCES_FORGOTTEN = _side_stream(
+    "sources are forgotten", ("        def finish()", "        moves.clear()\n\n        def finish()")
+)
+ON_THE_CURRENT_STREAM = _side_stream(
+    "on the current stream", (f"        {_ENTER}            end = tr", "        if True:\n            end = tr")
+)
+THE_DEFAULT_STREAM = _side_stream(
+    "the default stream for the current one",
+    (f"ready = {_CURRENT}", f"ready = {_DEFAULT}"),
+    (f"            {_CURRENT}.wait_event", f"            {_DEFAULT}.wait_event"),
+)
+
+_COLLECTIVE = "        work = dist.all_to_all(outputs, inputs, group=group, async_op=True)\n"
+_WAIT = "            work.wait()\n            inputs.clear()"
+REAL_TRANSPORT = changed(transports)
+MESSAGES_FORGOTTEN = changed(transports, (_COLLECTIVE, _COLLECTIVE + "        inputs = []\n"))
+COLLECTIVE_NOT_WAITED_FOR = changed(transports, (_WAIT, "            inputs.clear()"))
