@@ -56,8 +56,9 @@ bench-end-to-end: setup
 	@set -e; export PATH="$(CURDIR)/$(BIN):$$PATH"; \
 	for ranks in 2 4; do for network in loopback 1gbit 200mbit balanced; do \
 		[ $$network = 200mbit ] && methods= || methods="$(CORE)"; \
+		[ $$network = loopback ] && chunks=auto || chunks=4; \
 		python benchmarks/shaped_network.py --network $$network --ranks $$ranks -- \
-			python benchmarks/end_to_end.py --network $$network $$methods; done; done
+			python benchmarks/end_to_end.py --network $$network --chunks $$chunks --repetitions 4 $$methods; done; done
 
 gpu-check:
 	$(if $(wildcard $(VENV)/ready),$(BIN)/python,$(PYTHON)) benchmarks/gpu_check.py $(ARGS)

@@ -34,7 +34,7 @@ from megatron_dsp.errors import UsageError
 from megatron_dsp.reshard.exchange import exchange_of
 
 PRESETS = {
-    "small": Shape(layers=2, hidden=256, heads=8, frames=16, tokens=256, batch_size=1),
+    "small": Shape(layers=2, hidden=256, heads=8, frames=16, tokens=256, batch_size=4),
     "720m": Shape(layers=17, hidden=1152, heads=16, frames=32, tokens=1024, batch_size=1),
 }
 MODES = ("fwd", "fwdbwd")

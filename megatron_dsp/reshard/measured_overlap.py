@@ -104,7 +104,7 @@ class MeasuredOverlap:
     def _candidates(
         self, region: Region, sharded: Sequence[str], x: Tensor, independent: str | None, plain: float
     ) -> tuple[list[Schedule], str]:
-        """The two schedules that promise most, if they promise anything; else why they don't."""
+        """The schedules that promise most, if they promise anything; else why they don't."""
         group = region.group
         assert group is not None
         if self._link is None:
@@ -125,8 +125,12 @@ class MeasuredOverlap:
                     gain = 2 * switches * switch - _exposed(schedule, sharded, compute, switch - link.latency, link.latency)
                     if not schedule.plain and gain > max(self.LEAST_GAIN * plain, promising.get(along, (0.0,))[0]):
                         promising[along] = gain, schedule
-        best = sorted(promising.values(), key=lambda found: -found[0])[:2]
-        return [schedule for _, schedule in best], share
+        best = [schedule for _, schedule in sorted(promising.values(), key=lambda found: -found[0])[:2]]
+        # What chunks cost in compute is not predicted: so half as many compete too.
+        fewer = [
+            replace(schedule, chunks={dim: max(1, count // 2) for dim, count in schedule.chunks.items()}) for schedule in best
+        ]
+        return [*best, *(schedule for schedule in fewer if not schedule.plain)], share
 
 
 def _exposed(schedule: Schedule, sharded: Sequence[str], compute: float, transfer: float, latency: float) -> float:
@@ -168,13 +172,15 @@ def _time(x: Tensor, seconds: list[Callable[[], float]]) -> None:
             return start.elapsed_time(stop) / 1000
 
         def note(gradient: Tensor) -> None:
+            hook.remove()  # x may enter more passes
             stop.record(torch.cuda.current_stream(x.device))
             seconds.append(elapsed)
     else:
         begun = time.perf_counter()
 
         def note(gradient: Tensor) -> None:
+            hook.remove()
             passed = time.perf_counter() - begun
             seconds.append(lambda: passed)
 
-    x.register_hook(note)
+    hook = x.register_hook(note)

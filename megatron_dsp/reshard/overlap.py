@@ -28,9 +28,13 @@ class Overlap(Protocol):
 
 
 class FixedOverlap:
-    """``chunks`` chunks, or as many as the smallest shard has elements. Attributes as those of `Schedule`."""
+    """``chunks`` chunks, or as many as the smallest shard has elements. Attributes as those of `Schedule`.
 
-    def __init__(self, chunks: int, *, along: str = SHARDED, shrink: float = 0.5):
+    ``along`` None: the dim that no stage mixes where it is as large as ``chunks``, since both ends of its switches are hidden;
+    else each stage's own. ``shrink`` None: equal slices of the former, chunks of half of the one before of the latter.
+    """
+
+    def __init__(self, chunks: int, *, along: str | None = None, shrink: float | None = None):
         self.chunks, self.along, self.shrink = chunks, along, shrink
         self._schedules: dict[str, None] = {}
 
@@ -42,14 +46,18 @@ class FixedOverlap:
     def enter(self, region: Region, stages: Sequence[Stage], x: Tensor, independent: str | None) -> tuple[Schedule, Tensor]:
         """The same for every pass. Errors: UsageError for a dim along which no stage can be cut."""
         sharded = list(dict.fromkeys(stage.sharded for stage in stages))
-        if self.along not in (SHARDED, independent, *sharded):
+        along = self.along
+        if along is None:
+            along = independent if independent and region.layout.size(independent) >= self.chunks else SHARDED
+        if along not in (SHARDED, independent, *sharded):
             raise UsageError(
-                f"overlap along {self.along!r}: the stages have {', '.join(sharded)} sharded, and the dim that none mixes is "
+                f"overlap along {along!r}: the stages have {', '.join(sharded)} sharded, and the dim that none mixes is "
                 f"{independent}; choose one of these, or {SHARDED!r}"
             )
         assert region.group is not None
         ranks = region.group.size()
-        schedule = cut(region.layout, sharded, ranks, self.along, independent, self.chunks, self.shrink)
+        shrink = self.shrink if self.shrink is not None else (1.0 if along == independent else 0.5)
+        schedule = cut(region.layout, sharded, ranks, along, independent, self.chunks, shrink)
         schedule = replace(schedule, reason="as asked for")
         self._schedules[str(schedule)] = None
         return schedule, x

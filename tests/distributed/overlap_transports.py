@@ -141,40 +141,6 @@ class _LateWork:
         self._then()
 
 
-class CopiesOnOneDevice:
-    """A transport of one rank: what it moves comes to itself, on the current stream, after ``sleep`` cycles of the GPU.
-
-    With ``at_the_end``, the copy is made by the end, as unpacking is. Sources are kept alive only where that needs them.
-    """
-
-    name = "one device"
-
-    def __init__(self, sleep: int, *, at_the_end: bool = False):
-        self.buffers = BufferPool()
-        self._sleep, self._at_the_end = sleep, at_the_end
-
-    def check(self, x: Tensor) -> None:
-        pass
-
-    def begin(self, moves: list[Move]) -> End:
-        results = [move.result(0, self.buffers) for move in moves]
-        late = [move.x for move in moves] if self._at_the_end else []
-        if not late:
-            self._copy([move.x for move in moves], results)
-
-        def end() -> list[Tensor]:
-            if late:
-                self._copy(late, results)
-            return results
-
-        return end
-
-    def _copy(self, sources: list[Tensor], results: list[Tensor]) -> None:
-        torch.cuda._sleep(self._sleep)
-        for source, result in zip(sources, results, strict=True):
-            result.copy_(source)
-
-
 @contextmanager
 def unraisable() -> Iterator[list[str]]:
     """The errors of destructors in the block, which Python prints and forgets."""

@@ -268,7 +268,7 @@ class Passes:
         return x.requires_grad_(), gradient
 
     def be_late(self, forward: int, backward: int, collectives: int) -> None:
-        """From now on, by so many cycles."""
+        """By so many cycles, from the next forward pass on."""
         for part in self.parts:
             part.forward_cycles, part.backward_cycles = forward, backward
         self.world.collectives.cycles = collectives
@@ -350,11 +350,12 @@ def test_a_fault_in_passes_is_seen(world, way, fault):
         torch.cuda.synchronize()
         assert not error(y.detach(), right.output) <= 1e-12  # it may be NaN
         return
+    passes.be_late(0, SHORT, 0)
     y = passes.forward(x)
     torch.cuda.synchronize()
     assert error(y.detach(), right.output) <= 1e-12
     here.use(fault)
-    passes.be_late(0, SHORT, LONG)
+    here.collectives.cycles = LONG
     found = passes.result(x, y, gradient)
     assert not error(found.gradient, right.gradient) <= 1e-12
 

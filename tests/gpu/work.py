@@ -97,7 +97,7 @@ class _Tables(nn.Module):
 
 def compare_stages(group: dist.ProcessGroup, device: torch.device, overlap: FixedOverlap | None, cycles: int = 0) -> None:
     """Stages over ``group`` against one process, in fp64, with shards of different sizes."""
-    sizes = 9, 3, 7, 4
+    sizes = 4 * group.size() + 1, 3, 3 * group.size() + 1, 4
     torch.manual_seed(0)
     parts, tables = mixes(sizes).to(device), _Tables(sizes).to(device)
     whole, weight = (torch.randn(sizes, dtype=torch.float64).to(device) for _ in range(2))
@@ -135,7 +135,7 @@ def compare_stages(group: dist.ProcessGroup, device: torch.device, overlap: Fixe
 def compare_video(group: dist.ProcessGroup, device: torch.device, overlap: FixedOverlap | None) -> None:
     """The video transformer over ``group`` against one process, in fp32, with shards of different sizes."""
     exchange_of(group).overlap = overlap
-    T, B, H, W = 5, 3, 6, 10
+    T, B, H, W = 2 * group.size() + 1, 3, 6, 10
     torch.manual_seed(0)
     model = VideoDiT(VideoDiTConfig(layers=2, hidden=32, heads=4, conditioning_size=6))
     with torch.no_grad():
