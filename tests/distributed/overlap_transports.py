@@ -16,7 +16,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_dsp.reshard.buffers import BufferPool
 from megatron_dsp.reshard.moves import Move
 from megatron_dsp.reshard.transports import End, Transport
 
