@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import inspect
-import itertools
 import sys
 import weakref
 from collections.abc import Callable, Iterator, Sequence
@@ -54,7 +53,7 @@ class LateTransport(_Around):
     """Nothing arrives before its end is called: until then there is NaN in its place.
 
     Sources are read at the end, so that one changed before shows; with ``reads_early``, at the begin, as a real transport may.
-    ``ends`` says of each transfer how often it was ended; once is right.
+    ``ends`` says of each transfer how often it was ended; once is right. Nothing is left under way by an end that is missing.
     """
 
     def __init__(self, real: Transport, rank: int, *, reads_early: bool = False):
@@ -64,30 +63,27 @@ class LateTransport(_Around):
 
     def begin(self, moves: list[Move]) -> End:
         results = [move.result(self._rank, self.buffers) for move in moves]
-        moves = [move._replace(into=result) for move, result in zip(moves, results, strict=True)]
-        places = [move.targets(result) for move, result in zip(moves, results, strict=True)]
-        for place in itertools.chain(*places):
+        places = [place for move, result in zip(moves, results, strict=True) for place in move.targets(result)]
+        for place in places:
             place.fill_(torch.nan)
-        arrive = self._begin_elsewhere(moves) if self._reads_early else None
+        pieces = self._pieces(moves) if self._reads_early else None
         number = len(self.ends)
         self.ends.append(0)
 
         @torch.no_grad()  # as in the autograd functions that begin: an end may be called by a destructor, in any mode
         def end() -> list[Tensor]:
             self.ends[number] += 1
-            if arrive is None:
-                return self.real.begin(moves)()
-            for place, piece in zip(itertools.chain(*places), itertools.chain(*arrive()), strict=True):
+            for place, piece in zip(places, self._pieces(moves) if pieces is None else pieces, strict=True):
                 place.copy_(piece)
             return results
 
         return end
 
-    def _begin_elsewhere(self, moves: list[Move]) -> Callable[[], list[list[Tensor]]]:
-        """Begin moves into memory of their own; what is returned waits, and gives each one's pieces by rank."""
+    def _pieces(self, moves: list[Move]) -> list[Tensor]:
+        """What comes from each rank by each move, in memory of its own."""
         moves = [move._replace(into=None) for move in moves]
-        end = self.real.begin(moves)
-        return lambda: [move.targets(result) for move, result in zip(moves, end(), strict=True)]
+        results = self.real.begin(moves)()
+        return [piece for move, result in zip(moves, results, strict=True) for piece in move.targets(result)]
 
 
 class LateMessages:
