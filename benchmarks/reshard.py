@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from methods import start_deepspeed
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -63,7 +64,7 @@ class Case:
         try:
             from deepspeed.sequence.layer import _SeqAllToAll
 
-            _start_deepspeed()
+            start_deepspeed()
             runs["deepspeed", "torch"] = lambda: self._differentiate(
                 self.x, _SeqAllToAll.apply(self.group, self.x, self.split, self.whole, 0)
             )
@@ -174,15 +175,6 @@ def _extra_shards(run: Run, case: Case) -> float:
         peak = max(peak, now)
     peak += sum(pool._most_leased for pool in pools)
     return peak / case.shard_bytes - (2 if case.backward else 1)
-
-
-def _start_deepspeed() -> None:
-    """DeepSpeed's collectives want to be started; without its shared-memory ones, which would be compiled."""
-    import deepspeed
-    from deepspeed.ops import __compatible_ops__ as compatible_ops
-
-    compatible_ops["deepspeed_shm_comm"] = False
-    deepspeed.init_distributed(dist_init_required=False)
 
 
 def _skip(reason: str) -> None:

@@ -6,7 +6,7 @@ import gc
 import inspect
 import sys
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FunctionType, ModuleType
 from typing import Any
@@ -89,51 +89,62 @@ class LateTransport(_Around):
 class LateMessages:
     """Stands for torch.distributed in `TorchTransport`: what is received is there only after its ``wait``.
 
-    Until then there are bytes 0xFF (NaN to floats). ``unwaited`` is how many sends nobody has waited for yet, ``freed`` how
-    many messages of an all-to-all were freed before that.
+    Until then there are bytes 0xFF (NaN to floats). ``unwaited`` is how many messages nobody has waited for yet, ``freed`` how
+    many messages of an all-to-all were freed before that. `settle` brings what is under way to its end.
     """
 
     def __init__(self) -> None:
         self.unwaited = self.freed = 0
+        self._pending: list[dist.Work] = []
 
     def __getattr__(self, name: str) -> Any:
         return getattr(dist, name)
 
     def irecv(self, message: Tensor, **keywords: Any) -> _LateWork:
         arriving = torch.empty_like(message)
-        work = dist.irecv(arriving, **keywords)
+        work = self._late(dist.irecv(arriving, **keywords), lambda: message.copy_(arriving))
         message.fill_(0xFF)
-        return _LateWork([work], lambda: message.copy_(arriving))
+        return work
 
     def isend(self, message: Tensor, **keywords: Any) -> _LateWork:
-        self.unwaited += 1
-        return _LateWork([dist.isend(message, **keywords)], self._waited)
+        return self._late(dist.isend(message.clone(), **keywords), lambda: None)
 
     def all_to_all(self, received: list[Tensor], sent: list[Tensor], *, group: dist.ProcessGroup, async_op: bool) -> _LateWork:
         """Of sends and receives, which Gloo has. As on CUDA, nobody but the caller keeps the messages alive."""
         assert async_op
         others = [rank for rank in range(group.size()) if rank != group.rank()]
         works = [self.irecv(received[rank], group=group, group_src=rank) for rank in others]
-        works += [self.isend(sent[rank].clone(), group=group, group_dst=rank) for rank in others]
+        works += [self.isend(sent[rank], group=group, group_dst=rank) for rank in others]
         messages = [weakref.ref(message) for message in sent]
 
         def then() -> None:
+            for work in works:
+                work.wait()
             self.freed += sum(message() is None for message in messages)
 
-        return _LateWork(works, then)
+        return _LateWork(then)
 
-    def _waited(self) -> None:
-        self.unwaited -= 1
+    def settle(self) -> None:
+        while self._pending:
+            self._pending.pop(0).wait()
+
+    def _late(self, work: dist.Work | None, arrive: Callable[[], Any]) -> _LateWork:
+        assert work is not None
+        self._pending.append(work)
+        self.unwaited += 1
+
+        def then() -> None:
+            self._pending.remove(work)  # Gloo waits twice for what is waited for twice
+            work.wait()
+            arrive()
+            self.unwaited -= 1
+
+        return _LateWork(then)
 
 
 class _LateWork:
-    def __init__(self, works: Sequence[Any], then: Callable[[], Any]):
-        self._works, self._then = works, then
-
-    def wait(self) -> None:
-        for work in self._works:
-            work.wait()
-        self._then()
+    def __init__(self, wait: Callable[[], None]):
+        self.wait = wait
 
 
 @contextmanager
