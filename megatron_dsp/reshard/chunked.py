@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from megatron_dsp.reshard.region import Region, Stage
 
 
-@torch.compiler.disable  # a graph would order the ends as it likes; what it computes in between may be compiled
 def run(region: Region, stages: Sequence[Stage], x: Tensor, schedule: Schedule) -> Tensor:
     """Run ``stages`` by a schedule that is not plain; the first has its dim sharded already."""
     assert region.group is not None

@@ -13,7 +13,6 @@ from torch import Tensor
 from megatron_dsp.layout import Layout, shard_range
 from megatron_dsp.reshard import chunked, primitives
 from megatron_dsp.reshard.exchange import exchange_of
-from megatron_dsp.reshard.overlap import Overlap
 from megatron_dsp.reshard.trace import named
 
 
@@ -49,7 +48,10 @@ class Region:
         """
         if stages:
             x = self.shard(x, stages[0].sharded, stage=stages[0].name)
-        overlap = None if self.group is None else _overlap(self.group)
+        # A compiled graph would order the ends of switches as it likes; blocks within stages may be compiled.
+        overlap = None
+        if self.group is not None and self.group.size() > 1 and not torch.compiler.is_compiling():
+            overlap = exchange_of(self.group).overlap
         if overlap is not None and len({stage.sharded for stage in stages}) > 1:
             schedule, x = overlap.enter(self, stages, x, independent)
             if not schedule.plain:
@@ -94,8 +96,3 @@ class Region:
             yield
         finally:
             self._chunk = {}
-
-
-@torch.compiler.assume_constant_result
-def _overlap(group: dist.ProcessGroup) -> Overlap | None:
-    return exchange_of(group).overlap if group.size() > 1 else None
