@@ -102,7 +102,8 @@ class Leg:
     def __del__(self) -> None:
         # A pass that was given up half way, as by checkpointing, which stops when it has recomputed what it needs. The other
         # ranks have given it up too; memory may not be freed under a collective that still writes to it.
-        self.wait()
+        with torch.inference_mode():  # it may write to tensors of that mode, and to all others
+            self.wait()
 
 
 def begin(legs: list[Leg], x: Tensor) -> tuple[Tensor, ...]:

@@ -52,8 +52,10 @@ class Region:
         overlap = None
         if self.group is not None and self.group.size() > 1 and not torch.compiler.is_compiling():
             overlap = exchange_of(self.group).overlap
-        if overlap is not None and len({stage.sharded for stage in stages}) > 1:
-            schedule, x = overlap.enter(self, stages, x, independent)
+        sharded = {stage.sharded for stage in stages}
+        if overlap is not None and len(sharded) > 1:
+            # A dim that a stage has sharded cannot be sliced for all of them.
+            schedule, x = overlap.enter(self, stages, x, None if independent in sharded else independent)
             if not schedule.plain:
                 return chunked.run(self, stages, x, schedule)
         for stage in stages:
