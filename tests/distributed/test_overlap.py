@@ -79,7 +79,7 @@ class Case:
             }
             sizes["batch"] = 1 if draw.random() < 0.1 else draw.randint(2, 4) * (1 if independent else ranks)
         dims = draw.sample(list(sizes), len(sizes))
-        shardable = sequences if independent else dims
+        shardable = sequences if independent and draw.random() < 0.8 else dims
         chain = [draw.choice(shardable)]
         for _ in range(draw.randint(1, 4)):
             chain.append(chain[-1] if draw.random() < 0.2 else draw.choice([dim for dim in shardable if dim != chain[-1]]))
