@@ -53,7 +53,7 @@ def train(engine: Any, workload: Workload, mesh: Mesh, arguments: argparse.Names
 
     switched, overlap, shown = 0, exchange_of(mesh.group("sequence")).overlap, 0
 
-    with _stop_signal() as stop, _trace(arguments, mesh, log) as trace_step:
+    with _stop_signal() as stop, _trace(arguments, log) as trace_step:
         while progress.iteration < arguments.train_iters:
             trace_step(progress.iteration)
             engine.train()
@@ -195,7 +195,7 @@ def _stop_signal() -> Iterator[_Stop]:
 
 
 @contextmanager
-def _trace(arguments: argparse.Namespace, mesh: Mesh, log: TrainingLog) -> Iterator[Callable[[int], None]]:
+def _trace(arguments: argparse.Namespace, log: TrainingLog) -> Iterator[Callable[[int], None]]:
     """What is given is called before each iteration, with its number; the trace is that of the iterations asked for."""
     profiler: torch.profiler.profile | None = None
 
