@@ -3,14 +3,16 @@
     torchrun --standalone --nproc_per_node 2 benchmarks/reshard.py
     mpirun -np 4 python benchmarks/reshard.py          # measures the transport "mpi" too
 
-An ordinary job, on whatever network and device is there. All methods run interleaved, and a ratio is the median over
-repetitions of the ratio to the bare collective of the same repetition. The time of a repetition is its slowest rank's.
+An ordinary job, on whatever network and device is there. All methods run interleaved, in a new order each time, and a ratio is
+the median over repetitions of the ratio to the bare collective of the same repetition. The time of a repetition is its slowest
+rank's.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import random
 import statistics
 import time
 from collections.abc import Callable
@@ -129,9 +131,11 @@ def measure(case: Case, repetitions: int) -> list[dict[str, Any]]:
     runs = case.methods()
     extra = {method: _extra_shards(run, case) for method, run in runs.items()}
     times: dict[tuple[str, str], list[float]] = {method: [] for method in runs}
+    order, shuffle = list(runs), random.Random(0).shuffle  # in turn each finds the caches as another one left them
     for _ in range(repetitions):
-        for method, run in runs.items():
-            times[method].append(_time(run, case.x.device))
+        shuffle(order)
+        for method in order:
+            times[method].append(_time(runs[method], case.x.device))
     return [
         {
             "method": method,

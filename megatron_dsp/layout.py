@@ -7,6 +7,7 @@ one element more. A *layout* says which dim the sequence axis shards, and the gl
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 
 def shard_sizes(size: int, parts: int) -> list[int]:
@@ -26,9 +27,10 @@ def shard_range(size: int, parts: int, rank: int) -> tuple[int, int]:
     return start, start + small + (rank < larger)
 
 
-def shard_ranges(size: int, parts: int) -> list[tuple[int, int]]:
+@lru_cache(maxsize=1024)
+def shard_ranges(size: int, parts: int) -> tuple[tuple[int, int], ...]:
     """`shard_range` of every rank."""
-    return [shard_range(size, parts, rank) for rank in range(parts)]
+    return tuple(shard_range(size, parts, rank) for rank in range(parts))
 
 
 @dataclass(frozen=True)

@@ -63,9 +63,9 @@ class _Cut(NamedTuple):
 def _cut(schedule: Schedule, sharded: str, layout: Layout, ranks: int) -> _Cut:
     dim = schedule.cut_dim(sharded)
     if dim is None:
-        return _Cut(None, [[(0, 0)] * ranks])
+        return _Cut(None, [((0, 0),) * ranks])
     size = layout.size(dim)
-    whole = shard_ranges(size, ranks) if dim == sharded else [(0, size)] * ranks
+    whole = shard_ranges(size, ranks) if dim == sharded else ((0, size),) * ranks
     return _Cut(dim, chunk_ranges(whole, schedule.chunks[dim], schedule.shrink))
 
 

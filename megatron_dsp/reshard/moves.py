@@ -1,10 +1,10 @@
-"""What a switch moves, and the messages that carry it between two ranks."""
+"""What a switch moves: from where in one tensor to where in another, for each rank."""
 
 from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Hashable
 from typing import NamedTuple
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from megatron_dsp.reshard.buffers import BufferPool
 
-Ranges = Sequence[tuple[int, int]]  # of each rank, (start, stop)
+Ranges = tuple[tuple[int, int], ...]  # of each rank, (start, stop)
 
 
 class Move(NamedTuple):
@@ -38,6 +38,11 @@ class Move(NamedTuple):
         shape[self.gather], shape[self.split] = self.gather_ranges[-1][1], stop - start
         return buffers.empty(shape, self.x.dtype, self.x.device)
 
+    def geometry(self) -> Hashable:
+        """All that the places of pieces depend on: shapes, not memory."""
+        x = self.x
+        return x.shape, x.stride(), x.dtype, self.gather, self.split, self.gather_ranges, self.split_ranges
+
     def sources(self) -> list[Tensor]:
         """For each rank, the piece of ``x`` that goes to it."""
         return [self.x.narrow(self.split, start, stop - start) for start, stop in self.split_ranges]
@@ -52,6 +57,26 @@ class Move(NamedTuple):
         others = sum(stop - start for to, (start, stop) in enumerate(self.split_ranges) if to != rank)
         return self.x.nbytes // size * others if size else 0
 
+    def mean_piece(self) -> int:
+        """The mean bytes of what one rank sends to one rank: the same on all ranks, also where shards are uneven."""
+        gathered, split = (sum(stop - start for start, stop in ranges) for ranges in (self.gather_ranges, self.split_ranges))
+        others = math.prod(size for dim, size in enumerate(self.x.shape) if dim not in (self.gather, self.split))
+        return others * gathered * split * self.x.element_size() // len(self.split_ranges) ** 2
+
+    def even(self) -> bool:
+        """Whether all pieces, of all ranks, have one size."""
+        return all(len({stop - start for start, stop in ranges}) == 1 for ranges in (self.gather_ranges, self.split_ranges))
+
+    def has_flat_side(self) -> bool:
+        """Whether all pieces follow each other, in the order of ranks, in a contiguous source, or in the result.
+
+        That is so where the outermost dim is one of the two, and whole or all in shards; the same on all ranks.
+        """
+        outer = min(self.gather, self.split)
+        ranges = self.gather_ranges if outer == self.gather else self.split_ranges
+        adjacent = all(now[1] == then[0] for now, then in itertools.pairwise(ranges))
+        return adjacent and all(size == 1 for size in self.x.shape[:outer])
+
     def run(self, piece: Tensor) -> int:
         """The bytes of ``piece`` that are contiguous at both ends: those from the later one of the two dims on."""
         return math.prod(piece.shape[max(self.gather, self.split) :]) * piece.element_size()
@@ -60,57 +85,6 @@ class Move(NamedTuple):
         """The pieces of one run each that ``piece`` consists of."""
         outer = piece.shape[: max(self.gather, self.split)]
         return [piece[index] for index in itertools.product(*map(range, outer))]
-
-
-class Parcel:
-    """The pieces that one message carries: in place where it is one contiguous piece, else through staging memory."""
-
-    def __init__(self, pieces: list[Tensor]):
-        self.pieces = self._staged = pieces
-        self.in_place = len(pieces) == 1 and pieces[0].is_contiguous()
-        if self.in_place:
-            self.message = as_bytes(pieces[0])
-
-    def stage(self, memory: Tensor, start: int) -> int:
-        """Lay the message out in ``memory`` (bytes) from ``start`` on; the next multiple of 16 after its end is returned."""
-        self._staged, first = [], start
-        for piece in self.pieces:
-            start = _aligned(start)
-            stop = start + piece.numel() * piece.element_size()
-            self._staged.append(memory[start:stop].view(piece.dtype).view(piece.shape))
-            start = stop
-        self.message = memory[first:start]
-        return _aligned(start)
-
-    def pack(self) -> Tensor:
-        """The message, filled with the pieces."""
-        if not self.in_place:
-            for piece, staged in zip(self.pieces, self._staged, strict=True):
-                staged.copy_(piece)
-        return self.message
-
-    def unpack(self) -> None:
-        """Put what has come to its place."""
-        if not self.in_place:
-            for piece, staged in zip(self.pieces, self._staged, strict=True):
-                piece.copy_(staged)
-
-
-def parcels(pieces: list[list[Tensor]], buffers: BufferPool) -> list[Parcel]:
-    """Messages of these pieces. Those that are not in place share one block of staging memory."""
-    made = [Parcel(of_message) for of_message in pieces]
-    staged = [parcel for parcel in made if not parcel.in_place]
-    if staged:
-        size = sum(_aligned(piece.numel() * piece.element_size()) for parcel in staged for piece in parcel.pieces)
-        memory, start = buffers.empty([size], torch.uint8, staged[0].pieces[0].device), 0
-        for parcel in staged:
-            start = parcel.stage(memory, start)
-    return made
-
-
-def _aligned(size: int) -> int:
-    """The next multiple of 16, after which any dtype may follow."""
-    return -(-size // 16) * 16
 
 
 def as_bytes(x: Tensor) -> Tensor:

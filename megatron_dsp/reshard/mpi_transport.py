@@ -8,7 +8,7 @@ those in one copy from process to process, where it takes a datatype through a b
 from __future__ import annotations
 
 import ctypes
-from collections import OrderedDict
+import itertools
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -18,7 +18,8 @@ from torch import Tensor
 
 from megatron_dsp.errors import UsageError
 from megatron_dsp.reshard.buffers import BufferPool
-from megatron_dsp.reshard.moves import Move, Ranges
+from megatron_dsp.reshard.moves import Move
+from megatron_dsp.reshard.route import Kept
 from megatron_dsp.reshard.transports import End
 
 
@@ -31,7 +32,7 @@ class MpiTransport:
     name = "mpi"
     # Runs of at least so many bytes are messages of their own (benchmarks/reshard.py).
     _LEAST_RUN = 64 << 10
-    _KEPT = 128  # tensors of different shapes of which it is kept where the pieces lie; a model has a few
+    _MOST_ROUTES = 128  # of which the messages are kept; a model has a few for each of its shapes
 
     def __init__(self, group: dist.ProcessGroup):
         """Collective over the world. Errors: UsageError where MPI is missing or has other ranks than torch.distributed."""
@@ -54,7 +55,7 @@ class MpiTransport:
         self._comm = world.Create_group(members)
         self._rank, self._size = self._comm.rank, self._comm.size
         self.buffers = BufferPool()
-        self._kept: OrderedDict[tuple[Any, ...], list[list[_Place]]] = OrderedDict()
+        self._routes: Kept[tuple[list[_Message], list[_Message]]] = Kept(self._MOST_ROUTES, drop=_free)
         self._cuda_aware = _is_cuda_aware(MPI.__file__)
         self._word = {1: MPI.UINT8_T, 2: MPI.UINT16_T, 4: MPI.UINT32_T, 8: MPI.UINT64_T, 16: MPI.C_DOUBLE_COMPLEX}
 
@@ -71,22 +72,21 @@ class MpiTransport:
         results = [move.result(self._rank, self.buffers) for move in moves]
         for device in {move.x.device for move in moves if move.x.is_cuda}:
             torch.cuda.current_stream(device).synchronize()  # MPI knows no streams: what it reads and writes must be idle
-        sent = [self._pieces(move, move.x, move.split_ranges, move.sources()) for move in moves]
-        received = [
-            self._pieces(move, result, move.gather_ranges, move.targets(result))
-            for move, result in zip(moves, results, strict=True)
-        ]
+        sends, receives = self._routes.get(
+            tuple(move.geometry() for move in moves), lambda: self._find_messages(moves, results)
+        )
+        sources = [move.x.data_ptr() for move in moves]
+        targets = [result.data_ptr() for result in results]
+        memory, comm = self._mpi.buffer.fromaddress, self._comm
         # The rank's own piece too: MPI copies it to its place.
-        requests = []
-        for distance in range(self._size):
-            source = (self._rank - distance) % self._size
-            for result, pieces in zip(results, received, strict=True):
-                requests += [self._comm.Irecv(message, source) for message in self._messages(result, pieces[source])]
-        for distance in range(self._size):
-            target = (self._rank + distance) % self._size
-            for move, pieces in zip(moves, sent, strict=True):
-                requests += [self._comm.Isend(message, target) for message in self._messages(move.x, pieces[target])]
-        self._forget()
+        requests = [
+            comm.Irecv([memory(targets[index] + start, size), elements, datatype], peer)
+            for peer, index, start, size, elements, datatype in receives
+        ]
+        requests += [
+            comm.Isend([memory(sources[index] + start, size), elements, datatype], peer)
+            for peer, index, start, size, elements, datatype in sends
+        ]
 
         def end() -> list[Tensor]:
             self._mpi.Request.Waitall(requests)
@@ -95,46 +95,47 @@ class MpiTransport:
 
         return end
 
-    def _messages(self, tensor: Tensor, places: list[_Place]) -> Iterator[list[Any]]:
-        """What MPI takes: memory, count and datatype."""
-        address = tensor.data_ptr()
-        return (
-            [self._mpi.buffer.fromaddress(address + place.start, place.bytes), place.elements, place.datatype]
-            for place in places
-        )
+    def _find_messages(self, moves: list[Move], results: list[Tensor]) -> tuple[list[_Message], list[_Message]]:
+        """Those that this rank sends, and those that it receives; the nearest rank first, in each direction."""
+        sends: list[_Message] = []
+        receives: list[_Message] = []
+        sources = [move.sources() for move in moves]
+        targets = [move.targets(result) for move, result in zip(moves, results, strict=True)]
+        for distance in range(self._size):
+            after, before = (self._rank + distance) % self._size, (self._rank - distance) % self._size
+            for index, move in enumerate(moves):
+                sends += self._messages(after, index, move, move.x, sources[index][after])
+                receives += self._messages(before, index, move, results[index], targets[index][before])
+        return sends, receives
 
-    def _pieces(self, move: Move, tensor: Tensor, ranges: Ranges, pieces: list[Tensor]) -> list[list[_Place]]:
-        """Where each rank's piece lies in ``tensor``, the source or the result of ``move``."""
-        key = (tensor.shape, tensor.element_size(), move.gather, move.split, tensor is move.x, tuple(ranges))
-        kept = self._kept.get(key)
-        if kept is None:
-            kept = self._kept[key] = [self._places(move, tensor, piece) for piece in pieces]
-        self._kept.move_to_end(key)
-        return kept
-
-    def _forget(self) -> None:
-        while len(self._kept) > self._KEPT:
-            for places in self._kept.popitem(last=False)[1]:
-                for place in places:
-                    if not place.datatype.is_predefined:
-                        place.datatype.Free()  # MPI keeps it until the messages under way with it have gone
-
-    def _places(self, move: Move, tensor: Tensor, piece: Tensor) -> list[_Place]:
-        width, first = tensor.element_size(), int(tensor.storage_offset())
+    def _messages(self, peer: int, index: int, move: Move, tensor: Tensor, piece: Tensor) -> Iterator[_Message]:
+        """Those of one piece of ``tensor``."""
+        width, first = tensor.element_size(), tensor.storage_offset()
         if not piece.numel():
-            return []
+            return
         if move.run(piece) >= self._LEAST_RUN:
             size = move.run(piece)
-            return [_Place(int(run.storage_offset() - first) * width, size, size, self._mpi.BYTE) for run in move.runs(piece)]
-        start = piece.storage_offset() - first
-        starts = [start // stride % size for stride, size in zip(tensor.stride(), tensor.shape, strict=True)]
-        subarray = self._word[width].Create_subarray(tensor.shape, piece.shape, starts).Commit()
-        return [_Place(0, tensor.numel() * width, 1, subarray)]
+            for run in move.runs(piece):
+                yield _Message(peer, index, int(run.storage_offset() - first) * width, size, size, self._mpi.BYTE)
+        else:
+            start = piece.storage_offset() - first
+            starts = [start // stride % size for stride, size in zip(tensor.stride(), tensor.shape, strict=True)]
+            subarray = self._word[width].Create_subarray(tensor.shape, piece.shape, starts).Commit()
+            yield _Message(peer, index, 0, tensor.numel() * width, 1, subarray)
 
 
-class _Place(NamedTuple):
-    """Part of a contiguous tensor: so many elements of a datatype, within ``bytes`` bytes from byte ``start`` on."""
+def _free(messages: tuple[list[_Message], list[_Message]]) -> None:
+    """Free the datatypes; MPI keeps each until the messages under way with it have gone."""
+    for message in itertools.chain(*messages):
+        if not message.datatype.is_predefined:
+            message.datatype.Free()
 
+
+class _Message(NamedTuple):
+    """So many elements of a datatype, within ``bytes`` bytes from byte ``start`` on of one of the tensors of a switch."""
+
+    peer: int
+    tensor: int
     start: int
     bytes: int
     elements: int

@@ -72,4 +72,4 @@ def chunk_ranges(ranges: Ranges, chunks: int, shrink: float = 1.0) -> list[Range
             parts.append((start, start + size))
             start += size
         by_rank.append(parts)
-    return [list(of_ranks) for of_ranks in zip(*by_rank, strict=True)]
+    return list(zip(*by_rank, strict=True))

@@ -6,19 +6,18 @@ A transport moves shards from one dim to another and nothing else; it knows neit
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Protocol, cast
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from megatron_dsp.errors import UsageError
 from megatron_dsp.reshard.buffers import BufferPool
-from megatron_dsp.reshard.moves import Move, Parcel, parcels
+from megatron_dsp.reshard.moves import Move, as_bytes
+from megatron_dsp.reshard.route import AllToAll, Kept, Messages, Side, find_all_to_all, find_messages
 
 End = Callable[[], list[Tensor]]  # waits for what was begun and returns its results; to be called once
-Pieces = list[list[Tensor]]  # of each move, of each rank
 
 
 class Transport(Protocol):
@@ -38,15 +37,19 @@ class Transport(Protocol):
 
 
 class TorchTransport:
-    """Through torch.distributed: in place at an end where a message is contiguous, by a staging copy where it is not.
+    """Through torch.distributed: an all-to-all, or on the CPU, where pieces are large, sends and receives posted together.
 
-    The rank's own piece does not enter the collective: one copy takes it to its place. So a switch from or to the outermost
-    dim copies each element at most once. On CUDA it is one all-to-all, on the CPU sends and receives that are posted together.
+    A switch from or to the outermost dim of a contiguous tensor reads, or writes, in place: each element is copied once, on its
+    way into the message or out of it. Between two inner dims it is copied twice. Sends and receives leave out the rank's own
+    piece, which one copy takes to its place, and long runs of the others travel uncopied.
     """
 
     name = "torch"
-    # On the CPU, runs of at least so many bytes travel one by one and uncopied: about what a message costs more than a copy.
+    # On the CPU: the mean bytes of a piece from which messages cost less than an all-to-all, and of a run from which a message
+    # of its own costs less than a copy (benchmarks/reshard.py).
+    _LEAST_MESSAGE = 1 << 20
     _LEAST_RUN = 512 << 10
+    _MOST_ROUTES = 256  # that are kept; a model has a few for each of its shapes
     _TAG = 0xD5  # keeps switches apart from other messages between the same ranks
 
     def __init__(self, group: dist.ProcessGroup):
@@ -55,6 +58,7 @@ class TorchTransport:
         self._rank, self._size = group.rank(), group.size()
         self._backends = dict(entry.split(":") for entry in dist.get_backend_config(group).split(","))
         self.buffers = BufferPool()
+        self._routes: Kept[Messages | AllToAll] = Kept(self._MOST_ROUTES)
 
     def check(self, x: Tensor) -> None:
         backend = self._backends.get(x.device.type)
@@ -69,12 +73,12 @@ class TorchTransport:
         if group is None:  # to torch it would mean the world
             raise RuntimeError("the process group of this switch was destroyed; make a new mesh")
         results = [move.result(self._rank, self.buffers) for move in moves]
-        sources = [move.sources() for move in moves]
-        targets = [move.targets(result) for move, result in zip(moves, results, strict=True)]
-        post = self._post_messages if moves[0].x.device.type == "cpu" else self._post_all_to_all
-        wait = post(moves, sources, targets, group)
-        for source, target in zip(sources, targets, strict=True):
-            target[self._rank].copy_(source[self._rank])
+        sources = [move.x for move in moves]
+        route = self._routes.get(tuple(move.geometry() for move in moves), lambda: self._find_route(moves, results))
+        if isinstance(route, Messages):
+            wait = self._post_messages(route, sources, results, group)
+        else:
+            wait = self._post_all_to_all(route, sources, results, group)
 
         def end() -> list[Tensor]:
             wait()
@@ -82,56 +86,66 @@ class TorchTransport:
 
         return end
 
+    def _find_route(self, moves: list[Move], results: list[Tensor]) -> Messages | AllToAll:
+        """By what is equal on all ranks alone: they have to take the same."""
+        single = len(moves) == 1 and moves[0].has_flat_side()
+        if moves[0].x.device.type != "cpu" or (single and moves[0].mean_piece() < self._LEAST_MESSAGE):
+            return find_all_to_all(moves, results, single=single)
+        return find_messages(moves, results, self._rank, self._LEAST_RUN)
+
     def _post_messages(
-        self, moves: list[Move], sources: Pieces, targets: Pieces, group: dist.ProcessGroup
+        self, route: Messages, sources: list[Tensor], results: list[Tensor], group: dist.ProcessGroup
     ) -> Callable[[], None]:
-        receives = [
-            (parcel, cast(dist.Work, dist.irecv(parcel.message, group=group, group_src=peer, tag=self._TAG)))
-            for peer, parcel in self._parcels(moves, targets, -1)
-        ]
-        sends = []
-        for peer, parcel in self._parcels(moves, sources, 1):
-            message = parcel.pack()
-            sends.append((message, cast(dist.Work, dist.isend(message, group=group, group_dst=peer, tag=self._TAG))))
+        receives, sends = [], []
+        memory = route.receive_staging.after(results, self.buffers)
+        for peer, place, staged in route.receives:
+            piece = place.of(memory)
+            message = piece if staged is None else staged.of(memory)
+            work = cast(dist.Work, dist.irecv(message, group=group, group_src=peer, tag=self._TAG))
+            receives.append((work, piece, message))
+        memory = route.send_staging.after(sources, self.buffers)
+        for peer, place, staged in route.sends:
+            message = place.of(memory)
+            if staged is not None:
+                message = staged.of(memory).copy_(message)
+            # The message too: it must live until it has gone.
+            sends.append((cast(dist.Work, dist.isend(message, group=group, group_dst=peer, tag=self._TAG)), message))
+        for source, target in route.own:
+            target.of(results).copy_(source.of(sources))
 
         def wait() -> None:
-            for parcel, work in receives:
+            for work, piece, message in receives:
                 work.wait()
-                parcel.unpack()
-            for _, work in sends:
+                if message is not piece:
+                    piece.copy_(message)
+            for work, _ in sends:
                 work.wait()
 
         return wait
 
-    def _parcels(self, moves: list[Move], pieces: Pieces, step: int) -> Iterator[tuple[int, Parcel]]:
-        """The messages to or from each other rank, the nearest in the direction of ``step`` first: not all to the same one."""
-        to, messages = [], []
-        for peer in ((self._rank + step * distance) % self._size for distance in range(1, self._size)):
-            for move, of_ranks in zip(moves, pieces, strict=True):
-                piece = of_ranks[peer]
-                if piece.numel():
-                    parts = move.runs(piece) if move.run(piece) >= self._LEAST_RUN else [piece]
-                    to += [peer] * len(parts)
-                    messages += [[part] for part in parts]
-        return zip(to, parcels(messages, self.buffers), strict=True)
-
     def _post_all_to_all(
-        self, moves: list[Move], sources: Pieces, targets: Pieces, group: dist.ProcessGroup
+        self, route: AllToAll, sources: list[Tensor], results: list[Tensor], group: dist.ProcessGroup
     ) -> Callable[[], None]:
-        nothing = moves[0].x.new_empty(0, dtype=torch.uint8)
-        others = [rank for rank in range(self._size) if rank != self._rank]
-        received, sent = (
-            parcels([[of_ranks[rank] for of_ranks in pieces] for rank in others], self.buffers) for pieces in (targets, sources)
-        )
-        outputs, inputs = [parcel.message for parcel in received], [parcel.pack() for parcel in sent]
-        for messages in (outputs, inputs):
-            messages.insert(self._rank, nothing)
-        work = dist.all_to_all(outputs, inputs, group=group, async_op=True)
+        received, places = self._lay_out(route.receive, results)
+        sent, pieces = self._lay_out(route.send, sources)
+        for piece, copy in pieces:
+            copy.copy_(piece)
+        if route.single:
+            sizes = route.receive_sizes, route.send_sizes
+            work = dist.all_to_all_single(received[0], sent[0], *sizes, group=group, async_op=True)
+        else:
+            work = dist.all_to_all(received, sent, group=group, async_op=True)
 
         def wait() -> None:
             work.wait()
-            inputs.clear()  # kept until now: the collective runs on another stream
-            for parcel in received:
-                parcel.unpack()
+            sent.clear()  # kept until now: on CUDA the collective runs on another stream
+            for place, copy in places:
+                place.copy_(copy)
 
         return wait
+
+    def _lay_out(self, side: Side, tensors: list[Tensor]) -> tuple[list[Tensor], list[tuple[Tensor, Tensor]]]:
+        """The parts as bytes, and the pieces that are not in place there, each with its copy."""
+        memory = side.staging.after(tensors, self.buffers)
+        parts = [as_bytes(part.of(memory)) for part in side.parts]
+        return parts, [(place.of(memory), copy.of(memory)) for place, copy in side.copies]

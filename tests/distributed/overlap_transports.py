@@ -90,7 +90,7 @@ class LateMessages:
     """Stands for torch.distributed in `TorchTransport`: what is received is there only after its ``wait``.
 
     Until then there are bytes 0xFF (NaN to floats). ``unwaited`` is how many messages nobody has waited for yet, ``freed`` how
-    many messages of an all-to-all were freed before that. `settle` brings what is under way to its end.
+    many of an all-to-all's were freed before that. `settle` brings what is under way to its end.
     """
 
     def __init__(self) -> None:
@@ -109,17 +109,31 @@ class LateMessages:
     def isend(self, message: Tensor, **keywords: Any) -> _LateWork:
         return self._late(dist.isend(message.clone(), **keywords), lambda: None)
 
+    def all_to_all_single(self, received: Tensor, sent: Tensor, *sizes: list[int] | None, **keywords: Any) -> _LateWork:
+        """As on CUDA, nobody but the caller keeps what is sent alive."""
+        arriving, message = torch.empty_like(received), weakref.ref(sent)
+
+        def arrive() -> None:
+            self.freed += message() is None
+            received.copy_(arriving)
+
+        work = self._late(dist.all_to_all_single(arriving, sent.clone(), *sizes, **keywords), arrive)
+        received.fill_(0xFF)
+        return work
+
     def all_to_all(self, received: list[Tensor], sent: list[Tensor], *, group: dist.ProcessGroup, async_op: bool) -> _LateWork:
-        """Of sends and receives, which Gloo has. As on CUDA, nobody but the caller keeps the messages alive."""
+        """Of sends and receives: Gloo's own takes equal sizes alone. Nobody but the caller keeps what is sent alive."""
         assert async_op
-        others = [rank for rank in range(group.size()) if rank != group.rank()]
+        own = group.rank()
+        own_part, messages = sent[own].clone(), [weakref.ref(message) for message in sent]
+        others = [rank for rank in range(group.size()) if rank != own]
         works = [self.irecv(received[rank], group=group, group_src=rank) for rank in others]
         works += [self.isend(sent[rank], group=group, group_dst=rank) for rank in others]
-        messages = [weakref.ref(message) for message in sent]
 
         def then() -> None:
             for work in works:
                 work.wait()
+            received[own].copy_(own_part)
             self.freed += sum(message() is None for message in messages)
 
         return _LateWork(then)

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+
 import pytest
 import torch
 import torch.distributed as dist
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
+from overlap_transports import LateMessages
 from torch import Tensor, nn
 
 import megatron_dsp as dsp
 from megatron_dsp.reshard import transports
 from megatron_dsp.reshard.exchange import exchange_of
+from megatron_dsp.reshard.route import find_all_to_all
 
 DTYPES = [
     torch.float32,
@@ -27,9 +33,13 @@ DTYPES = [
 ]
 
 
+# How a switch travels: an int is for messages, with runs of so many bytes one by one.
+HOW = ["all-to-all", "lists", 1, 64, 1 << 20]
+
+
 @st.composite
 def movements(draw):
-    """(ranks, shape, gather, split, dtype, order of storage, seed)"""
+    """(ranks, shape, gather, split, dtype, order of storage, seed, how it travels)"""
     shape = draw(st.lists(st.integers(0, 7), min_size=2, max_size=6).filter(lambda s: torch.Size(s).numel() < 20000))
     dims = draw(st.permutations(range(len(shape))))
     negative = draw(st.booleans())
@@ -43,6 +53,7 @@ def movements(draw):
         draw(st.sampled_from(DTYPES)),
         storage,
         draw(st.integers(0, 2**31)),
+        draw(st.sampled_from(HOW)),
     )
 
 
@@ -57,12 +68,29 @@ def _bits(x: Tensor) -> Tensor:
     return x.clone(memory_format=torch.contiguous_format).view(-1).view(torch.uint8)
 
 
-def _move(shape, gather, split, dtype, storage, seed):
+@contextmanager
+def travelling(how: str | int, group: dist.ProcessGroup) -> Iterator[None]:
+    """In the block, switches over ``group`` travel so."""
+    transport = exchange_of(group).transport
+    if isinstance(how, int):
+        transport._LEAST_MESSAGE, transport._LEAST_RUN = 0, how
+    elif how == "lists":
+        # As CUDA tensors do. Gloo's all-to-all of lists takes equal sizes alone: this one is made of sends and receives.
+        transport._find_route = partial(find_all_to_all, single=False)
+        transports.dist = LateMessages()
+    try:
+        yield
+    finally:
+        transports.dist = dist
+
+
+def _move(shape, gather, split, dtype, storage, seed, how):
     group = dist.group.WORLD
     whole = _whole(shape, dtype, storage, seed)
     with dsp.ledger() as moved:
         x = dsp.split(whole, dim=gather, group=group)
-        y = dsp.switch(x, gather=gather, split=split, size=shape[gather], group=group)
+        with travelling(how, group):
+            y = dsp.switch(x, gather=gather, split=split, size=shape[gather], group=group)
         back = dsp.gather(y, dim=split, size=shape[split], group=group)
     rank, size = group.rank(), group.size()
     assert torch.equal(_bits(y), _bits(whole.tensor_split(size, split)[rank]))
@@ -78,14 +106,14 @@ def _move(shape, gather, split, dtype, storage, seed):
 
 
 @given(movements())
-@example((2, [1, 2, 1], 0, 1, torch.float32, [2, 1, 0], 0))  # one element, contiguous with a stride that is not 1
-@example((2, [2, 1, 2], 0, 2, torch.bfloat16, [2, 1, 0], 0))
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@example((2, [1, 2, 1], 0, 1, torch.float32, [2, 1, 0], 0, "all-to-all"))  # one element, contiguous with a stride that is not 1
+@example((2, [2, 1, 2], 0, 2, torch.bfloat16, [2, 1, 0], 0, 1))
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_every_movement_is_bitwise_the_slice_of_the_whole(ranks, movement):
     ranks(movement[0], _move, *movement[1:])
 
 
-def _together(sizes: tuple[int, int]) -> None:
+def _together(sizes: tuple[int, int], how: str | int) -> None:
     """Queries, keys, values (fewer heads, half precision) and a mask, [T, heads, S, ...]: one collective each way."""
     group = dist.group.WORLD
     rank, size = group.rank(), group.size()
@@ -94,7 +122,7 @@ def _together(sizes: tuple[int, int]) -> None:
     xs = [dsp.split(whole, dim=0, group=group).clone() for whole in wholes]
     xs[0].requires_grad_()
     frozen = torch.randn(xs[0].shape, dtype=torch.float64)
-    with dsp.ledger() as moved:
+    with dsp.ledger() as moved, travelling(how, group):
         ys = dsp.switch([*xs, frozen], gather=0, split=2, size=T, group=group)
         (ys[0] ** 2 * ys[3].detach()).sum().backward()
     assert isinstance(ys, tuple)
@@ -113,8 +141,9 @@ def _together(sizes: tuple[int, int]) -> None:
 
 @pytest.mark.parametrize("sizes", [(4, 8), (5, 3), (1, 7)])
 @pytest.mark.parametrize("size", [2, 3])
-def test_several_tensors_in_one_switch(ranks, size, sizes):
-    ranks(size, _together, sizes)
+@pytest.mark.parametrize("how", ["lists", 1, 1 << 20])
+def test_several_tensors_in_one_switch(ranks, size, sizes, how):
+    ranks(size, _together, sizes, how)
 
 
 def _lazy_flags() -> None:
@@ -132,47 +161,6 @@ def _lazy_flags() -> None:
 
 def test_views_that_are_conjugated_or_negated_lazily(ranks):
     ranks(2, _lazy_flags)
-
-
-def _through_lists(moves: int) -> None:
-    """The way that CUDA tensors take, over Gloo: only the all-to-all itself is made of sends and receives here."""
-    group = dist.group.WORLD
-    rank, size = group.rank(), group.size()
-
-    class Works(list):
-        def wait(self) -> None:
-            for work in self:
-                work.wait()
-
-    def all_to_all(received, sent, *, group, async_op):
-        assert async_op
-        assert received[rank].numel() == sent[rank].numel() == 0, "the own piece stays here"
-        assert all(message.is_contiguous() and message.dtype == torch.uint8 for message in (*received, *sent))
-        peers = [peer for peer in range(size) if peer != rank]
-        return Works(
-            [dist.irecv(received[peer], group=group, group_src=peer) for peer in peers]
-            + [dist.isend(sent[peer], group=group, group_dst=peer) for peer in peers]
-        )
-
-    transport = exchange_of(group).transport
-    transport._post_messages = transport._post_all_to_all
-    transports.dist.all_to_all, original = all_to_all, dist.all_to_all
-    try:
-        for T, S in ((4, 6), (5, 3), (2, 7)):
-            for gather, split in ((0, 2), (2, 0)):
-                dtypes = [torch.float32, torch.bool, torch.float64][:moves]
-                wholes = [(10 * torch.randn(T, 2, S, 3)).to(dtype) for dtype in dtypes]
-                xs = [dsp.split(whole, dim=gather, group=group) for whole in wholes]
-                ys = dsp.switch(xs, gather=gather, split=split, size=(T, 2, S)[gather], group=group)
-                for whole, y in zip(wholes, ys, strict=True):
-                    assert torch.equal(y, whole.tensor_split(size, split)[rank])
-    finally:
-        dist.all_to_all = original
-
-
-@pytest.mark.parametrize("moves", [1, 3])
-def test_messages_of_the_all_to_all_on_cuda(ranks, moves):
-    ranks(3, _through_lists, moves)
 
 
 class _Program(nn.Module):

@@ -103,8 +103,15 @@ class EchoCollectives:
         """That of a mesh's groups on GPUs."""
         return "cpu:gloo,cuda:nccl"
 
+    def all_to_all_single(
+        self, received: Tensor, sent: Tensor, *sizes: list[int] | None, group: EchoGroup, async_op: bool
+    ) -> _EchoWork:
+        """Each rank's part comes back from it."""
+        assert sizes == (None, None)
+        return self.all_to_all([received], [sent], group=group, async_op=async_op)
+
     def all_to_all(self, received: list[Tensor], sent: list[Tensor], *, group: EchoGroup, async_op: bool) -> _EchoWork:
-        """Each rank's message comes back from it."""
+        """The same, of lists."""
         assert async_op
         self._stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self._stream):
@@ -236,8 +243,9 @@ THE_DEFAULT_STREAM = _side_stream(
     (f"            {_CURRENT}.wait_event", f"            {_DEFAULT}.wait_event"),
 )
 
-_COLLECTIVE = "        work = dist.all_to_all(outputs, inputs, group=group, async_op=True)\n"
-_WAIT = "            work.wait()\n            inputs.clear()"
 REAL_TRANSPORT = changed(transports)
-MESSAGES_FORGOTTEN = changed(transports, (_COLLECTIVE, _COLLECTIVE + "        inputs = []\n"))
-COLLECTIVE_NOT_WAITED_FOR = changed(transports, (_WAIT, "            inputs.clear()"))
+_KEPT = "            sent.clear()  # kept until now: on CUDA the collective runs on another stream\n"
+MESSAGES_FORGOTTEN = changed(transports, (_KEPT, ""))
+COLLECTIVE_NOT_WAITED_FOR = changed(
+    transports, ("            work.wait()\n            sent.clear()", "            sent.clear()")
+)

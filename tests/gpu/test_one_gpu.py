@@ -387,10 +387,10 @@ def test_the_host_waits_for_nothing(world, along):
 
 RANKS = 4
 SWITCHES = {
-    # gather, split, and the most copies: each other rank's piece once and the rank's own, or both ends and its own.
-    "from the outermost dim": (0, 2, RANKS),
-    "to the outermost dim": (2, 0, RANKS),
-    "between inner dims": (1, 2, 2 * (RANKS - 1) + 1),
+    # gather, split, and the most copies: all pieces in one, at one end or at both.
+    "from the outermost dim": (0, 2, 1),
+    "to the outermost dim": (2, 0, 1),
+    "between inner dims": (1, 2, 2),
 }
 
 
