@@ -57,26 +57,6 @@ class Move(NamedTuple):
         others = sum(stop - start for to, (start, stop) in enumerate(self.split_ranges) if to != rank)
         return self.x.nbytes // size * others if size else 0
 
-    def mean_piece(self) -> int:
-        """The mean bytes of what one rank sends to one rank: the same on all ranks, also where shards are uneven."""
-        gathered, split = (sum(stop - start for start, stop in ranges) for ranges in (self.gather_ranges, self.split_ranges))
-        others = math.prod(size for dim, size in enumerate(self.x.shape) if dim not in (self.gather, self.split))
-        return others * gathered * split * self.x.element_size() // len(self.split_ranges) ** 2
-
-    def even(self) -> bool:
-        """Whether all pieces, of all ranks, have one size."""
-        return all(len({stop - start for start, stop in ranges}) == 1 for ranges in (self.gather_ranges, self.split_ranges))
-
-    def has_flat_side(self) -> bool:
-        """Whether all pieces follow each other, in the order of ranks, in a contiguous source, or in the result.
-
-        That is so where the outermost dim is one of the two, and whole or all in shards; the same on all ranks.
-        """
-        outer = min(self.gather, self.split)
-        ranges = self.gather_ranges if outer == self.gather else self.split_ranges
-        adjacent = all(now[1] == then[0] for now, then in itertools.pairwise(ranges))
-        return adjacent and all(size == 1 for size in self.x.shape[:outer])
-
     def run(self, piece: Tensor) -> int:
         """The bytes of ``piece`` that are contiguous at both ends: those from the later one of the two dims on."""
         return math.prod(piece.shape[max(self.gather, self.split) :]) * piece.element_size()

@@ -87,7 +87,7 @@ class Messages(NamedTuple):
 class Side(NamedTuple):
     """What an all-to-all sends, or receives.
 
-    ``parts`` are each rank's, or all in one; ``copies`` are the places of pieces of which a part holds copies, and of these.
+    ``parts`` are each rank's; ``copies`` the places of pieces of which parts hold copies, with those of the copies.
     """
 
     parts: tuple[Place, ...]
@@ -96,17 +96,10 @@ class Side(NamedTuple):
 
 
 class AllToAll(NamedTuple):
-    """A switch as an all-to-all, which the rank's own pieces pass through.
-
-    ``single``: of one tensor on each side, in which the ranks' parts have these bytes (None: all the same, on every rank).
-    Else of lists of the ranks' parts.
-    """
+    """A switch as an all-to-all of lists, which the rank's own pieces pass through."""
 
     send: Side
     receive: Side
-    single: bool
-    send_sizes: list[int] | None
-    receive_sizes: list[int] | None
 
 
 def find_messages(moves: Sequence[Move], results: Sequence[Tensor], rank: int, least_run: int) -> Messages:
@@ -127,7 +120,7 @@ def find_messages(moves: Sequence[Move], results: Sequence[Tensor], rank: int, l
                 if not whole.numel():
                     continue
                 for piece in move.runs(whole) if move.run(whole) >= least_run else [whole]:
-                    staged = None if piece.is_contiguous() else stage.copy(piece)
+                    staged = None if piece.is_contiguous() else stage.copy(piece.dtype, tuple(piece.shape))
                     made.append(Message(peer, _place(index, piece, tensor), staged))
         return tuple(made), stage.staging()
 
@@ -138,52 +131,44 @@ def find_messages(moves: Sequence[Move], results: Sequence[Tensor], rank: int, l
     return Messages(*messages([move.x for move in moves], sources, 1), *messages(results, targets, -1), tuple(own))
 
 
-def find_all_to_all(moves: Sequence[Move], results: Sequence[Tensor], *, single: bool) -> AllToAll:
-    """The all-to-all of ``moves`` into ``results``; ``single``, of one move, as in `AllToAll`: the same on all ranks."""
+def find_all_to_all(moves: Sequence[Move], results: Sequence[Tensor]) -> AllToAll:
+    """The all-to-all of ``moves`` into ``results``."""
     sources, targets = _pieces(moves, results)
-    send, receive = _side([move.x for move in moves], sources, single), _side(results, targets, single)
-    sizes: list[list[int] | None] = [None, None]
-    if single and not moves[0].even():
-        sizes = [[piece.nbytes for piece in of_ranks] for of_ranks in (sources[0], targets[0])]
-    return AllToAll(send, receive, single, *sizes)
+    return AllToAll(_side([move.x for move in moves], sources), _side(results, targets))
 
 
-def _side(tensors: Sequence[Tensor], pieces: list[list[Tensor]], single: bool) -> Side:
+def _side(tensors: Sequence[Tensor], pieces: list[list[Tensor]]) -> Side:
     stage, ranks = _Stage(tensors), len(pieces[0])
-    if len(tensors) > 1:
-        copies, parts = [], []
-        for of_rank in zip(*pieces, strict=True):
-            start = stage.used
-            for index, (tensor, piece) in enumerate(zip(tensors, of_rank, strict=True)):
-                if piece.numel():
-                    copies.append((_place(index, piece, tensor), stage.copy(piece)))
-            parts.append(stage.part(start))
-        return Side(tuple(parts), tuple(copies), stage.staging())
-    (tensor,), (of_ranks,) = tensors, pieces
-    places = [_place(0, piece, tensor) for piece in of_ranks]
-    starts, count = [place.start for place in places], sum(piece.numel() for piece in of_ranks)
-    in_place = [piece.is_contiguous() for piece in of_ranks]
-    if single:
-        stops = [start + piece.numel() for start, piece in zip(starts, of_ranks, strict=True)]
-        if count == 0 or (all(in_place) and starts[1:] == stops[:-1]):
-            return Side((_contiguous(0, starts[0], (count,)),), (), stage.staging())
-        in_place = [False] * ranks
-    steps = {then - now for now, then in itertools.pairwise(starts)}
-    if not any(in_place) and len(steps) == len({place.shape for place in places}) == 1:
-        # One copy of all pieces, the ranks being one more dim.
-        shape = (ranks, *places[0].shape)
-        copies = [(Place(0, starts[0], shape, (*steps, *of_ranks[0].stride())), stage.copy_of(tensor.dtype, shape))]
+    parts: list[Place] = []
+    copies: list[tuple[Place, Place]] = []
+    if len(tensors) == 1 and (evenly_spaced := _as_one(pieces[0], tensors[0])) is not None:
+        copies.append((evenly_spaced, stage.copy(tensors[0].dtype, evenly_spaced.shape)))
         size = stage.used // ranks
-        parts = [stage.part(rank * size, (rank + 1) * size) for rank in range(ranks)]
-    else:
-        copies, parts = [], []
-        for place, piece, is_in_place in zip(places, of_ranks, in_place, strict=True):
-            if not is_in_place:
-                start = stage.used
-                copies.append((place, stage.copy(piece)))
-                place = stage.part(start)
-            parts.append(place)
-    return Side((stage.part(0),) if single else tuple(parts), tuple(copies), stage.staging())
+        parts += [stage.part(rank * size, (rank + 1) * size) for rank in range(ranks)]
+        return Side(tuple(parts), tuple(copies), stage.staging())
+    for of_rank in zip(*pieces, strict=True):
+        start = stage.used
+        places = [_place(index, *pair) for index, pair in enumerate(zip(of_rank, tensors, strict=True))]
+        if len(tensors) == 1 and of_rank[0].is_contiguous():
+            parts += places
+        else:
+            copies += [
+                (place, stage.copy(piece.dtype, place.shape))
+                for place, piece in zip(places, of_rank, strict=True)
+                if piece.numel()
+            ]
+            parts.append(stage.part(start, stage.used))
+    return Side(tuple(parts), tuple(copies), stage.staging())
+
+
+def _as_one(pieces: list[Tensor], tensor: Tensor) -> Place | None:
+    """The place of all ``pieces`` of ``tensor``, with the ranks as one more dim: where they need copies, and one takes all."""
+    starts = [int(piece.storage_offset()) for piece in pieces]
+    steps = {then - now for now, then in itertools.pairwise(starts)}
+    if pieces[0].is_contiguous() or len(steps) > 1 or any(piece.shape != pieces[0].shape for piece in pieces):
+        return None
+    first = _place(0, pieces[0], tensor)
+    return first._replace(shape=(len(pieces), *first.shape), strides=(*steps, *first.strides))
 
 
 class _Stage:
@@ -196,21 +181,17 @@ class _Stage:
         self._aligned = 16 if len(tensors) > 1 else 1
         self.used, self._needed = 0, False
 
-    def copy(self, piece: Tensor) -> Place:
-        """The place of a copy of ``piece``."""
-        return self.copy_of(piece.dtype, tuple(piece.shape))
-
-    def copy_of(self, dtype: torch.dtype, shape: tuple[int, ...]) -> Place:
+    def copy(self, dtype: torch.dtype, shape: tuple[int, ...]) -> Place:
         """The place of a copy of a piece of this dtype and shape."""
         self._needed = True
         place = _contiguous(self._bytes + 1 + self._dtypes.index(dtype), self.used // dtype.itemsize, shape)
         self.used += -(-math.prod(shape) * dtype.itemsize // self._aligned) * self._aligned
         return place
 
-    def part(self, start: int, stop: int | None = None) -> Place:
-        """The bytes from ``start`` to ``stop``, or to the end of what is laid out."""
-        self._needed = True  # also for a part of no bytes
-        return _contiguous(self._bytes, start, ((self.used if stop is None else stop) - start,))
+    def part(self, start: int, stop: int) -> Place:
+        """The bytes from ``start`` to ``stop``."""
+        self._needed = True  # also for none
+        return _contiguous(self._bytes, start, (stop - start,))
 
     def staging(self) -> Staging:
         """What has been laid out."""

@@ -37,17 +37,15 @@ class Transport(Protocol):
 
 
 class TorchTransport:
-    """Through torch.distributed: an all-to-all, or on the CPU, where pieces are large, sends and receives posted together.
+    """Through torch.distributed: in place at an end where a message is contiguous, by a staging copy where it is not.
 
-    A switch from or to the outermost dim of a contiguous tensor reads, or writes, in place: each element is copied once, on its
-    way into the message or out of it. Between two inner dims it is copied twice. Sends and receives leave out the rank's own
-    piece, which one copy takes to its place, and long runs of the others travel uncopied.
+    So a switch from or to the outermost dim copies each element at most once. On CUDA it is one all-to-all; on the CPU, sends
+    and receives that are posted together, which reach more of a network's bandwidth than Gloo's all-to-all does, and one copy
+    takes the rank's own piece to its place.
     """
 
     name = "torch"
-    # On the CPU: the mean bytes of a piece from which messages cost less than an all-to-all, and of a run from which a message
-    # of its own costs less than a copy (benchmarks/reshard.py).
-    _LEAST_MESSAGE = 1 << 20
+    # On the CPU, runs of at least so many bytes travel one by one and uncopied: about what a message costs more than a copy.
     _LEAST_RUN = 512 << 10
     _MOST_ROUTES = 256  # that are kept; a model has a few for each of its shapes
     _TAG = 0xD5  # keeps switches apart from other messages between the same ranks
@@ -87,11 +85,9 @@ class TorchTransport:
         return end
 
     def _find_route(self, moves: list[Move], results: list[Tensor]) -> Messages | AllToAll:
-        """By what is equal on all ranks alone: they have to take the same."""
-        single = len(moves) == 1 and moves[0].has_flat_side()
-        if moves[0].x.device.type != "cpu" or (single and moves[0].mean_piece() < self._LEAST_MESSAGE):
-            return find_all_to_all(moves, results, single=single)
-        return find_messages(moves, results, self._rank, self._LEAST_RUN)
+        if moves[0].x.device.type == "cpu":
+            return find_messages(moves, results, self._rank, self._LEAST_RUN)
+        return find_all_to_all(moves, results)
 
     def _post_messages(
         self, route: Messages, sources: list[Tensor], results: list[Tensor], group: dist.ProcessGroup
@@ -130,11 +126,7 @@ class TorchTransport:
         sent, pieces = self._lay_out(route.send, sources)
         for piece, copy in pieces:
             copy.copy_(piece)
-        if route.single:
-            sizes = route.receive_sizes, route.send_sizes
-            work = dist.all_to_all_single(received[0], sent[0], *sizes, group=group, async_op=True)
-        else:
-            work = dist.all_to_all(received, sent, group=group, async_op=True)
+        work = dist.all_to_all(received, sent, group=group, async_op=True)
 
         def wait() -> None:
             work.wait()

@@ -109,18 +109,6 @@ class LateMessages:
     def isend(self, message: Tensor, **keywords: Any) -> _LateWork:
         return self._late(dist.isend(message.clone(), **keywords), lambda: None)
 
-    def all_to_all_single(self, received: Tensor, sent: Tensor, *sizes: list[int] | None, **keywords: Any) -> _LateWork:
-        """As on CUDA, nobody but the caller keeps what is sent alive."""
-        arriving, message = torch.empty_like(received), weakref.ref(sent)
-
-        def arrive() -> None:
-            self.freed += message() is None
-            received.copy_(arriving)
-
-        work = self._late(dist.all_to_all_single(arriving, sent.clone(), *sizes, **keywords), arrive)
-        received.fill_(0xFF)
-        return work
-
     def all_to_all(self, received: list[Tensor], sent: list[Tensor], *, group: dist.ProcessGroup, async_op: bool) -> _LateWork:
         """Of sends and receives: Gloo's own takes equal sizes alone. Nobody but the caller keeps what is sent alive."""
         assert async_op

@@ -30,8 +30,7 @@ from megatron_dsp.reshard import FixedOverlap, Region, Stage, chunked, legs, tra
 from megatron_dsp.reshard.agreement import Agreement
 from megatron_dsp.reshard.buffers import BufferPool
 from megatron_dsp.reshard.exchange import exchange_of
-from megatron_dsp.reshard.moves import Move
-from megatron_dsp.reshard.route import AllToAll, find_all_to_all
+from megatron_dsp.reshard.route import find_all_to_all
 from megatron_dsp.reshard.transports import Transport
 
 TOLERANCE = {torch.float32: 1e-6, torch.float64: 1e-12}  # relative to the largest entry
@@ -513,17 +512,12 @@ def orders() -> list[str]:
     return wrong
 
 
-def _all_to_all_where_it_may_be(single: bool, moves: list[Move], results: list[Tensor]) -> AllToAll:
-    """The route that CUDA tensors take, or with ``single`` False always that of lists."""
-    return find_all_to_all(moves, results, single=single and len(moves) == 1 and moves[0].has_flat_side())
-
-
-def late_messages(module: ModuleType, *, single: bool | None = None) -> list[str]:
+def late_messages(module: ModuleType, *, all_to_all: bool = False) -> list[str]:
     """What is wrong with switches of the transport in ``module``, where no message arrives before it is waited for."""
     messages = module.dist = LateMessages()
     transport = module.TorchTransport(dist.group.WORLD)
-    if single is not None:
-        transport._find_route = partial(_all_to_all_where_it_may_be, single)
+    if all_to_all:
+        transport._find_route = find_all_to_all
     wrong = []
     for along in ALONG:
         case, parts = _small(along)
@@ -710,18 +704,17 @@ MUTATIONS = {
         transports,
         "            work.wait()\n            sent.clear()",
         "            sent.clear()",
-        ("late_all_to_all", "late_lists"),
+        ("late_all_to_all",),
         "Messages are unpacked before the collective has written them.",
     ),
     "all-to-all: messages are not kept": Mutation(
         transports,
         "            sent.clear()  # kept until now: on CUDA the collective runs on another stream\n",
         "",
-        ("late_all_to_all", "late_lists"),
+        ("late_all_to_all",),
         "Packed messages are freed while the collective reads them.",
     ),
 }
-SINGLE = {"late_messages": None, "late_all_to_all": True, "late_lists": False}
 CHECKS = {check.__name__: check for check in (late_values, late_values_read_early, given_up, twice, orders)}
 
 
@@ -731,14 +724,14 @@ def _check(names: Sequence[str], mutation: str | None) -> list[list[str]]:
     found = []
     for name in names:
         with mutated(module, old, new) as mutant, unraisable() as errors:
-            wrong = CHECKS[name]() if name in CHECKS else late_messages(mutant, single=SINGLE[name])
+            wrong = CHECKS[name]() if name in CHECKS else late_messages(mutant, all_to_all=name == "late_all_to_all")
         found.append(wrong + errors)
     return found
 
 
 @pytest.mark.parametrize("size", [2, 3])
 def test_nothing_is_wrong_where_nothing_is_early(ranks, size):
-    checks = [*CHECKS, *SINGLE]
+    checks = [*CHECKS, "late_messages", "late_all_to_all"]
     if size != 2:
         checks.remove("orders")  # they are written down for two ranks
     for found in ranks(size, _check, checks, None):

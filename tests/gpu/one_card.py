@@ -103,15 +103,8 @@ class EchoCollectives:
         """That of a mesh's groups on GPUs."""
         return "cpu:gloo,cuda:nccl"
 
-    def all_to_all_single(
-        self, received: Tensor, sent: Tensor, *sizes: list[int] | None, group: EchoGroup, async_op: bool
-    ) -> _EchoWork:
-        """Each rank's part comes back from it."""
-        assert sizes == (None, None)
-        return self.all_to_all([received], [sent], group=group, async_op=async_op)
-
     def all_to_all(self, received: list[Tensor], sent: list[Tensor], *, group: EchoGroup, async_op: bool) -> _EchoWork:
-        """The same, of lists."""
+        """Each rank's part comes back from it."""
         assert async_op
         self._stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self._stream):
