@@ -38,10 +38,10 @@ class Move(NamedTuple):
         shape[self.gather], shape[self.split] = self.gather_ranges[-1][1], stop - start
         return buffers.empty(shape, self.x.dtype, self.x.device)
 
-    def geometry(self) -> Hashable:
-        """All that the places of pieces depend on: shapes, not memory."""
-        x = self.x
-        return x.shape, x.stride(), x.dtype, self.gather, self.split, self.gather_ranges, self.split_ranges
+    def geometry(self, result: Tensor) -> Hashable:
+        """All that the places of pieces in ``x`` and in ``result`` depend on: shapes, not memory."""
+        x, gather, split, gather_ranges, split_ranges, _ = self
+        return x.shape, x.stride(), x.dtype, x.device, result.shape, gather, split, gather_ranges, split_ranges
 
     def sources(self) -> list[Tensor]:
         """For each rank, the piece of ``x`` that goes to it."""

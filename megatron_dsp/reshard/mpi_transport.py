@@ -72,9 +72,8 @@ class MpiTransport:
         results = [move.result(self._rank, self.buffers) for move in moves]
         for device in {move.x.device for move in moves if move.x.is_cuda}:
             torch.cuda.current_stream(device).synchronize()  # MPI knows no streams: what it reads and writes must be idle
-        sends, receives = self._routes.get(
-            tuple(move.geometry() for move in moves), lambda: self._find_messages(moves, results)
-        )
+        geometry = tuple(move.geometry(result) for move, result in zip(moves, results, strict=True))
+        sends, receives = self._routes.get(geometry, lambda: self._find_messages(moves, results))
         sources = [move.x.data_ptr() for move in moves]
         targets = [result.data_ptr() for result in results]
         memory, comm = self._mpi.buffer.fromaddress, self._comm

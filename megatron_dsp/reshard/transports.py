@@ -72,7 +72,8 @@ class TorchTransport:
             raise RuntimeError("the process group of this switch was destroyed; make a new mesh")
         results = [move.result(self._rank, self.buffers) for move in moves]
         sources = [move.x for move in moves]
-        route = self._routes.get(tuple(move.geometry() for move in moves), lambda: self._find_route(moves, results))
+        geometry = tuple(move.geometry(result) for move, result in zip(moves, results, strict=True))
+        route = self._routes.get(geometry, lambda: self._find_route(moves, results))
         if isinstance(route, Messages):
             wait = self._post_messages(route, sources, results, group)
         else:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 import megatron_dsp as dsp
 from megatron_dsp.reshard import transports
 from megatron_dsp.reshard.exchange import exchange_of
+from megatron_dsp.reshard.moves import Move
 from megatron_dsp.reshard.route import find_all_to_all
 
 DTYPES = [
@@ -160,6 +161,27 @@ def _lazy_flags() -> None:
 
 def test_views_that_are_conjugated_or_negated_lazily(ranks):
     ranks(2, _lazy_flags)
+
+
+def _chunks_into(how: str | int) -> None:
+    """Chunks of one shape that arrive in tensors of several sizes: what is kept of a switch by shape knows them apart."""
+    group = dist.group.WORLD
+    rank = group.rank()
+    gathered, split = ((0, 2), (4, 6)), ((0, 3), (3, 6))
+    with travelling(how, group):
+        transport = exchange_of(group).transport
+        for size in (8, 7, 8):
+            chunks = [torch.randn(5, 2, 6, generator=torch.Generator().manual_seed(size + from_)) for from_ in range(2)]
+            into = torch.full((5, size, 3), torch.nan)
+            transport.begin([Move(chunks[rank], 1, 2, gathered, split, into)])()
+            for chunk, place in zip(chunks, gathered, strict=True):
+                assert torch.equal(into[:, slice(*place)], chunk[:, :, slice(*split[rank])])
+            assert into.isnan().sum() == 5 * (size - 4) * 3
+
+
+@pytest.mark.parametrize("how", ["all-to-all", 1, 1 << 20])
+def test_chunks_of_one_shape_into_tensors_of_several_sizes(ranks, how):
+    ranks(2, _chunks_into, how)
 
 
 class _Program(nn.Module):
