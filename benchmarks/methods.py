@@ -6,29 +6,30 @@ methods have the same weights and compute the same; they differ in where the sha
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, ClassVar, NamedTuple, cast
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 import megatron_dsp as dsp
+from megatron_dsp import launch
 from megatron_dsp.errors import UsageError
 from megatron_dsp.layout import Layout, shard_range
 from megatron_dsp.models.attention import OverRanks, SelfAttention, attention
 from megatron_dsp.models.embeddings import time_rotations
 from megatron_dsp.models.video_dit import DIMS, Block, VideoDiTConfig, attention_over_ranks
 from megatron_dsp.reshard import FixedOverlap, Region, Stage
-from megatron_dsp.reshard.exchange import Exchange, exchange_of
+from megatron_dsp.reshard.exchange import exchange_of
 from megatron_dsp.reshard.exposed import NoTransport
 from megatron_dsp.reshard.overlap import Overlap
 from megatron_dsp.reshard.transports import Transport
+from megatron_dsp.tensor import TensorParallel, own_shard
 
 CONDITIONING_TOKENS = 16
 
@@ -56,13 +57,8 @@ class Work:
     def __init__(self, shape: Shape, device: torch.device, sample: int):
         self.shape = shape
         self.config = VideoDiTConfig(shape.layers, shape.hidden, shape.heads, conditioning_size=shape.hidden)
-        torch.manual_seed(0)
-        self.blocks = nn.ModuleList()
-        for _ in range(shape.layers):
-            for block in (Block(self.config, "space"), Block(self.config, "time")):
-                nn.init.normal_(block.modulation_table, std=0.5)
-                self.blocks.append(block)
-        self.blocks.to(device)
+        self.device = device
+        self.blocks = self.make_blocks(TensorParallel())
         torch.manual_seed(1 + sample)
         self.x = torch.randn(shape.activation).to(device)
         self.gradient = torch.randn(shape.activation).to(device) / self.x.numel()
@@ -70,6 +66,16 @@ class Work:
         self.tokens = torch.randn(shape.batch_size, CONDITIONING_TOKENS, shape.hidden).to(device)
         self.mask = torch.ones(shape.batch_size, CONDITIONING_TOKENS, dtype=torch.bool, device=device)
         self.rotations = time_rotations(shape.frames, shape.hidden // shape.heads, like=self.x)
+
+    def make_blocks(self, tensor: TensorParallel) -> nn.ModuleList:
+        """The blocks, or this rank's shards of the same ones."""
+        torch.manual_seed(0)
+        blocks = nn.ModuleList()
+        for _ in range(self.shape.layers):
+            for block in (Block(self.config, "space", tensor), Block(self.config, "time", tensor)):
+                nn.init.normal_(block.modulation_table, std=0.5)
+                blocks.append(block)
+        return blocks.to(self.device)
 
 
 class Method:
@@ -258,153 +264,49 @@ class Peer(Embedded):
         return calls, calls * self.x.nbytes * (self.group.size() - 1) // self.group.size()
 
 
-class TensorParallel(Method):
-    """Megatron's tensor parallelism: each rank has some heads and some of the MLPs' channels, of the whole activation.
-
-    All that enters attention or an MLP is whole, and what leaves it is a sum over ranks: a copy whose adjoint is an all-reduce,
-    and an all-reduce whose adjoint is a copy. These pairs are right where activations are replicated, and only there.
-    """
+class MegatronTensor(Method):
+    """Megatron's tensor parallelism: each rank has some heads and some of the MLPs' channels, of the whole activation."""
 
     averages = False
-    _SHARDED_DIM: ClassVar = {
-        **{f"{part}.{side}": 0 for part in ("query", "key", "value", "mlp.0") for side in ("weight", "bias")},
-        "out.weight": 1,
-        "mlp.2.weight": 1,
-    }
+    _SEQUENCE_DIM: ClassVar[int | None] = None
 
     def __init__(self, work: Work, group: dist.ProcessGroup):
-        if work.shape.heads % group.size():
-            raise UsageError(f"{work.shape.heads} heads over {group.size()} ranks are uneven, which it does not take")
         super().__init__(work, group)
-        self.blocks = copy.deepcopy(work.blocks)
+        self.blocks = work.make_blocks(TensorParallel(group, sequence_dim=self._SEQUENCE_DIM))
         self.weights = dict(self.blocks.named_parameters())
-        for name, weight in self.weights.items():
-            weight.data = self.part(name, weight.data).clone()
-        for block in self.blocks.children():
-            self._parallelise(cast(Block, block))
-
-    def _parallelise(self, block: Block) -> None:
-        config, self_attention, cross, mlp = self.work.config, block.self_attention, block.cross_attention, block.mlp
-        for attends in (self_attention, cross):
-            attends.head_shape = (config.heads // self.group.size(), config.hidden // config.heads)
-        # Cross-attention shapes its result like its input, which here must have the channels of the rank's heads alone.
-        query = cross.query
-        cross.register_module("query", nn.Identity())
-        block.register_module("self_attention", _OverHeads(self, self_attention, self_attention.out))
-        block.register_module("cross_attention", _OverHeads(self, cross, cross.out, first=query))
-        block.register_module("mlp", _OverHeads(self, mlp, cast(nn.Linear, mlp[-1])))
+        self.rotations = work.rotations  # attention has all frames
 
     def local(self, whole: Tensor) -> Tensor:
         return whole
 
-    def enter(self, x: Tensor) -> Tensor:
-        """From where the residual stream is to where attention and MLPs have all of it."""
-        return _Copy.apply(x, self.exchange)
-
-    def leave(self, x: Tensor) -> Tensor:
-        """The sum over ranks of ``x``, back where the residual stream is."""
-        return _AllReduce.apply(x, self.exchange)
-
     def part(self, name: str, weight: Tensor) -> Tensor:
-        dim = self._sharded_dim(name)
-        return weight if dim is None else weight.tensor_split(self.group.size(), dim)[self.group.rank()]
-
-    def _sharded_dim(self, name: str) -> int | None:
-        return next((dim for end, dim in self._SHARDED_DIM.items() if name.endswith(f".{end}")), None)
+        return own_shard(weight, like=self.weights[name])
 
     def synchronise(self, name: str, gradient: Tensor) -> None:
-        # The norms of queries and keys have seen some heads alone.
-        if "_norm." in name:
-            dist.all_reduce(gradient, group=self.group)
+        pass  # the layers' own adjoints have done it
 
     def gradient_group(self, mesh: dsp.Mesh) -> dist.ProcessGroup:
         return mesh.group("data")
 
 
-class TensorAndSequenceParallel(TensorParallel):
+class MegatronSequence(MegatronTensor):
     """Megatron-SP: tensor parallelism, with time sharded between attention and MLPs."""
+
+    _SEQUENCE_DIM = 0
 
     def __init__(self, work: Work, group: dist.ProcessGroup):
         if work.shape.frames % group.size():
             raise UsageError(f"{work.shape.frames} frames over {group.size()} ranks are uneven, which it does not take")
         super().__init__(work, group)
-        self.rotations = work.rotations  # attention has all frames
 
     def local(self, whole: Tensor) -> Tensor:
         return Method.local(self, whole)
-
-    def enter(self, x: Tensor) -> Tensor:
-        return _AllGather.apply(x, self.exchange)
-
-    def leave(self, x: Tensor) -> Tensor:
-        return _ReduceScatter.apply(x, self.exchange)
-
-    def synchronise(self, name: str, gradient: Tensor) -> None:
-        if self._sharded_dim(name) is None:
-            dist.all_reduce(gradient, group=self.group)
-
-
-class _OverHeads(nn.Module):
-    """A module of which each rank has a part; the bias of its last layer comes after the sum, once."""
-
-    def __init__(self, method: TensorParallel, module: nn.Module, last: nn.Linear, first: nn.Module | None = None):
-        super().__init__()
-        self.first, self.module, self.bias = first or nn.Identity(), module, last.bias
-        last.register_parameter("bias", None)
-        self._enter, self._leave = method.enter, method.leave
-
-    def forward(self, x: Tensor, *sides: Any) -> Tensor:
-        return self._leave(self.module(self.first(self._enter(x)), *sides)) + self.bias
-
-
-class _Copy(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, exchange: Exchange) -> Tensor:
-        ctx.exchange = exchange
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        return ctx.exchange.all_reduce(gradient, "", "copy adjoint"), None
-
-
-class _AllReduce(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, exchange: Exchange) -> Tensor:
-        return exchange.all_reduce(x, "", "all-reduce")
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        return gradient, None
-
-
-class _AllGather(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, exchange: Exchange) -> Tensor:
-        ctx.exchange = exchange
-        return exchange.gather(x, 0, x.shape[0] * exchange.size, "", "all-gather")
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        return ctx.exchange.reduce_scatter(gradient, 0, "", "all-gather adjoint"), None
-
-
-class _ReduceScatter(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, exchange: Exchange) -> Tensor:
-        ctx.exchange = exchange
-        return exchange.reduce_scatter(x, 0, "", "reduce-scatter")
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        exchange = ctx.exchange
-        return exchange.gather(gradient, 0, gradient.shape[0] * exchange.size, "", "reduce-scatter adjoint"), None
 
 
 def _deepspeed_ulysses(work: Work, group: dist.ProcessGroup) -> Method:
     from deepspeed.sequence.layer import DistributedAttention
 
-    start_deepspeed()
+    launch.start_deepspeed(work.device.type)
 
     def attend_locally(query: Tensor, key: Tensor, value: Tensor, module: SelfAttention) -> Tensor:
         batch = work.shape.batch_size, work.shape.tokens
@@ -457,22 +359,13 @@ def makers_by_name(overlap: Overlap | None) -> dict[str, Make]:
         "ring": partial(Embedded, backend="ring"),
         "deepspeed_ulysses": _deepspeed_ulysses,
         "yunchang_ulysses": _yunchang_ulysses,
-        "megatron_tp": TensorParallel,
-        "megatron_sp": TensorAndSequenceParallel,
+        "megatron_tp": MegatronTensor,
+        "megatron_sp": MegatronSequence,
         "whole_sample": WholeSample,
     }
 
 
 NAMES = list(makers_by_name(None))
-
-
-def start_deepspeed() -> None:
-    """DeepSpeed's collectives want to be started; without its shared-memory ones, which would be compiled."""
-    import deepspeed
-    from deepspeed.ops import __compatible_ops__ as compatible_ops
-
-    compatible_ops["deepspeed_shm_comm"] = False
-    deepspeed.init_distributed(dist_init_required=False)
 
 
 class Right(NamedTuple):

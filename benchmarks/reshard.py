@@ -21,13 +21,13 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from methods import start_deepspeed
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
 import megatron_dsp as dsp
 from megatron_dsp import launch
+from megatron_dsp.launch import start_deepspeed
 from megatron_dsp.reshard.buffers import BufferPool
 from megatron_dsp.reshard.exchange import exchange_of
 from megatron_dsp.reshard.mpi_transport import MpiTransport
@@ -66,7 +66,7 @@ class Case:
         try:
             from deepspeed.sequence.layer import _SeqAllToAll
 
-            start_deepspeed()
+            start_deepspeed("cpu" if not torch.cuda.is_available() else "cuda")
             runs["deepspeed", "torch"] = lambda: self._differentiate(
                 self.x, _SeqAllToAll.apply(self.group, self.x, self.split, self.whole, 0)
             )

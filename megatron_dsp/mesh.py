@@ -7,8 +7,11 @@ are neighbours; then the sequence axis's switches; gradients over data once a st
 from __future__ import annotations
 
 import math
+import socket
+import weakref
 from collections.abc import Mapping
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,11 +20,21 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from megatron_dsp import launch
 from megatron_dsp.errors import UsageError
+from megatron_dsp.megatron_groups import groups_of
 
 AXES = ("pipe", "data", "sequence", "tensor")  # outermost first: the dims of the grid
 
-# The groups that a mesh makes: each axis, the ranks that average gradients, and DeepSpeed's model-parallel ranks.
-_GROUPS = (("tensor",), ("sequence",), ("data",), ("pipe",), ("data", "sequence"), ("pipe", "tensor"))
+# The groups that a mesh makes: each axis; the ranks that average gradients; those that run the same layers and so call modules
+# together; and DeepSpeed's model-parallel ranks.
+_GROUPS = (
+    ("tensor",),
+    ("sequence",),
+    ("data",),
+    ("pipe",),
+    ("data", "sequence"),
+    ("data", "sequence", "tensor"),
+    ("pipe", "tensor"),
+)
 
 
 class RankGrid:
@@ -63,24 +76,64 @@ class RankGrid:
         size = math.prod(self.degrees[axis] for axis in set(axes))
         return self.ranks.transpose(others + kept).reshape(-1, size).tolist()
 
+    def group_of(self, rank: int, *axes: str) -> list[int]:
+        """The one of these groups that ``rank`` is in."""
+        return next(ranks for ranks in self.groups(*axes) if rank in ranks)
+
 
 class Mesh:
     """The process groups of this rank. ``data`` fills the world where it is not given.
 
     Starts torch.distributed if nobody has (``launch.start``). Collective: every rank makes the same meshes in the same
-    order. Raises UsageError, on every rank, where the degrees do not fit the world size.
+    order, and has as many other groups by then (torch's names of new ones count them, and ranks would wait for each other
+    under different names). Raises UsageError, on every rank, where the degrees do not fit the world size.
     """
 
     def __init__(self, *, tensor: int = 1, pipe: int = 1, sequence: int = 1, data: int | None = None):
-        self.process = launch.start()
-        self.grid = RankGrid(dist.get_world_size(), tensor=tensor, pipe=pipe, sequence=sequence, data=data)
-        self._global_rank = dist.get_rank()
-        self._groups = {axes: self._make_group(axes) for axes in _GROUPS}
+        process = launch.start()
+        backends = dist.get_backend_config(dist.group.WORLD)
+        if "cpu:" not in backends:
+            raise UsageError(
+                f"torch.distributed was started with {backends} alone, but ranks also agree on tensors on the CPU; start it "
+                'with init_process_group("cpu:gloo,cuda:nccl"), or leave it to dsp.initialize or dsp.Mesh'
+            )
+        grid = RankGrid(dist.get_world_size(), tensor=tensor, pipe=pipe, sequence=sequence, data=data)
+        self._take(process, grid, {axes: _make_group(grid, axes) for axes in _GROUPS})
 
-    def _make_group(self, axes: tuple[str, ...]) -> dist.ProcessGroup:
-        mine = next(ranks for ranks in self.grid.groups(*axes) if self._global_rank in ranks)
-        # Only the members meet: at 512 ranks the world need not wait for each of hundreds of groups in turn.
-        return dist.new_group(mine, use_local_synchronization=True, group_desc="+".join(axes))
+    @classmethod
+    def from_megatron(cls, source: Any) -> Mesh:
+        """The mesh of a megatron-core job: its own groups, of which the context-parallel one is the sequence group.
+
+        ``source`` is ``megatron.core.parallel_state`` after ``initialize_model_parallel``, or a ``ProcessGroupCollection``
+        with at least tp, cp, dp and pp. Groups that it has not got are made: every rank calls this. Does not become current.
+
+        Errors: UsageError where the groups are not there yet, where ranks are in another order than Megatron's default
+        (tp-cp-ep-dp-pp), and with expert parallelism.
+        """
+        groups = groups_of(source)
+        grid = RankGrid(dist.get_world_size(), **{axis: groups[(axis,)].size() for axis in AXES})
+        for axes, group in groups.items():
+            expected, found = grid.group_of(dist.get_rank(), *axes), dist.get_process_group_ranks(group)
+            if found != expected:
+                raise UsageError(
+                    f"Megatron's group over {' x '.join(axes)} has ranks {found}, where a mesh has {expected}; initialise "
+                    'Megatron with its default order="tp-cp-ep-dp-pp"'
+                )
+        for axes in _GROUPS:
+            if axes not in groups:
+                # All ranks meet: torch names groups that only their members know of after the number of groups that a rank
+                # has, and Megatron gives some ranks more than others.
+                groups[axes], _ = dist.new_subgroups_by_enumeration(grid.groups(*axes), group_desc="+".join(axes))
+        mesh = cls.__new__(cls)
+        mesh._take(launch.discover(), grid, groups)
+        return mesh
+
+    def _take(self, process: launch.Process, grid: RankGrid, groups: Mapping[tuple[str, ...], dist.ProcessGroup]) -> None:
+        self.process, self.grid, self._groups = process, grid, groups
+        self._global_rank = dist.get_rank()
+        tensor = groups[("tensor",)]
+        if tensor is not groups[("sequence",)]:  # as one rank's may be in a ProcessGroupCollection
+            _tensor_groups.add(tensor)
 
     def size(self, axis: str) -> int:
         """The degree of one axis: pipe, data, sequence or tensor."""
@@ -97,6 +150,12 @@ class Mesh:
             known = ", ".join("(" + ", ".join(axes) + ")" for axes in _GROUPS)
             raise UsageError(f"a mesh has no group over {axes}; it has those over {known}")
         return self._groups[key]
+
+    def within_host(self, axis: str) -> bool:
+        """Whether no group along this axis crosses hosts; the same on all ranks, all of which must ask."""
+        hosts: list[str] = [""] * self.grid.world_size
+        dist.all_gather_object(hosts, socket.gethostname())
+        return all(len({hosts[rank] for rank in ranks}) == 1 for ranks in self.grid.groups(axis))
 
     @cached_property
     def mpu(self) -> DeepSpeedView:
@@ -126,6 +185,12 @@ class Mesh:
     def __repr__(self) -> str:
         degrees = ", ".join(f"{axis}={self.grid.degrees[axis]}" for axis in reversed(AXES))
         return f"Mesh({degrees}; rank {self._global_rank} of {self.grid.world_size})"
+
+
+def _make_group(grid: RankGrid, axes: tuple[str, ...]) -> dist.ProcessGroup:
+    mine = grid.group_of(dist.get_rank(), *axes)
+    # Only the members meet: at 512 ranks the world need not wait for each of hundreds of groups in turn.
+    return dist.new_group(mine, use_local_synchronization=True, group_desc="+".join(axes))
 
 
 class DeepSpeedView:
@@ -179,6 +244,7 @@ class DeepSpeedView:
 
 
 _current: Mesh | None = None
+_tensor_groups: weakref.WeakSet[dist.ProcessGroup] = weakref.WeakSet()  # of all meshes
 
 
 def set_current(mesh: Mesh | None) -> None:
@@ -195,7 +261,7 @@ def current() -> Mesh | None:
 def sequence_group(group: dist.ProcessGroup | None) -> dist.ProcessGroup:
     """``group``, or the current mesh's sequence group. Neither is an error: never the world."""
     if group is not None:
-        if group.group_desc == "tensor":
+        if group in _tensor_groups:
             raise UsageError(
                 "this is a mesh's tensor group, where activations and gradients are replicated and these adjoints would be "
                 "wrong; pass the sequence group"

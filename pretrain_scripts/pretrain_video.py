@@ -16,18 +16,22 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from PIL import Image, ImageDraw
+from rich.console import Console
 from torch import Tensor, nn
 
 import megatron_dsp as dsp
 from megatron_dsp import launch
+from megatron_dsp.config import Config
 from megatron_dsp.data import Clips, VideoBatch, VideoBatches, open_videos
-from megatron_dsp.models.video_dit import PRESETS, VideoDiT, VideoDiTConfig
+from megatron_dsp.models.embeddings import unpatchify
+from megatron_dsp.models.video_dit import PRESETS, VideoDiT, VideoDiTConfig, parameter_count
 from megatron_dsp.reshard.exchange import exchange_of
+from megatron_dsp.tensor import TensorParallel
 from megatron_dsp.training import arguments as flags
-from megatron_dsp.training import rectified_flow
+from megatron_dsp.training import dry_run, rectified_flow
 from megatron_dsp.training.log import TrainingLog
-from megatron_dsp.training.loop import train
-from megatron_dsp.training.optimizer import adamw, warmup_cosine
+from megatron_dsp.training.loop import MicroBatch, train
+from megatron_dsp.training.optimizer import adamw, kernels, warmup_cosine
 
 
 def parse() -> argparse.Namespace:
@@ -57,6 +61,7 @@ class VideoPretraining:
 
     def __init__(self, arguments: argparse.Namespace, model: VideoDiTConfig, mesh: dsp.Mesh, backend: str):
         self.group = mesh.group("sequence")
+        self.model = model
         self.backend = backend
         self.device = mesh.device
         self.total = arguments.num_frames
@@ -83,20 +88,28 @@ class VideoPretraining:
     def validation_loss(self, model: nn.Module, samples: list[int]) -> Tensor:
         return self._loss(model, self.validation.batch(samples, self.frames).to(self.device))
 
+    def micro_batch(self, samples: list[int], validation: bool) -> MicroBatch:
+        batches = self.validation if validation else self.training
+        return self._inputs_and_labels(batches.batch(samples, self.frames).to(self.device))
+
+    def pipeline_loss(self, patches: Tensor, labels: tuple[Tensor, ...]) -> Tensor:
+        """The loss of a pipeline's output tokens."""
+        return self._velocity_loss(unpatchify(patches, self.model.patch, labels[0].shape), labels)
+
     def _loss(self, model: nn.Module, batch: VideoBatch) -> Tensor:
+        inputs, labels = self._inputs_and_labels(batch)
+        return self._velocity_loss(model(*inputs, group=self.group, backend=self.backend), labels)
+
+    def _inputs_and_labels(self, batch: VideoBatch) -> MicroBatch:
         times = rectified_flow.frame_times(batch.timesteps, self.patch_time, self.frames)
         every = rectified_flow.frame_times(batch.timesteps, self.patch_time, range(self.total))
-        velocity = model(
-            rectified_flow.add_noise(batch.video, batch.noise, times),
-            batch.timesteps,
-            batch.conditioning,
-            batch.conditioning_mask,
-            batch.conditioning_drop,
-            group=self.group,
-            backend=self.backend,
-        )
-        active = (every > 0).sum(dim=(0, 2, 3, 4))
-        return rectified_flow.velocity_loss(velocity, batch.video, batch.noise, times, self.total, active, self.group)
+        noisy = rectified_flow.add_noise(batch.video, batch.noise, times)
+        conditioning = batch.conditioning, batch.conditioning_mask, batch.conditioning_drop
+        return (noisy, batch.timesteps, *conditioning), (batch.video, batch.noise, times, (every > 0).sum(dim=(0, 2, 3, 4)))
+
+    def _velocity_loss(self, velocity: Tensor, labels: tuple[Tensor, ...]) -> Tensor:
+        video, noise, times, active = labels
+        return rectified_flow.velocity_loss(velocity, video, noise, times, self.total, active, self.group)
 
     def sample(self, model: nn.Module, samples: list[int], steps: int) -> list[Tensor]:
         """Whole clips [T, B, 3, H, W] on every rank: real, sampled, and sampled with the first token frame given."""
@@ -157,11 +170,54 @@ def write_picture(path: Path, clips: list[Tensor], labels: list[str], scale: int
     picture.save(path)
 
 
+def make_model(arguments: argparse.Namespace, sizes: VideoDiTConfig, mesh: dsp.Mesh, workload: VideoPretraining) -> nn.Module:
+    """The model on the tensor and pipe axes of a mesh."""
+    tensor = TensorParallel(
+        mesh.group("tensor"),
+        sequence_dim=2 if arguments.sequence_parallel else None,
+        shares_switches=mesh.within_host("tensor"),
+    )
+    recompute = arguments.recompute_granularity == "full"
+    if mesh.size("pipe") == 1:
+        return VideoDiT(sizes, tensor=tensor, recompute=recompute)
+    from megatron_dsp.pipeline import PipelinedVideoDiT  # imports DeepSpeed, which takes seconds
+
+    return PipelinedVideoDiT(
+        sizes,
+        mesh,
+        workload.pipeline_loss,
+        partition=arguments.pipeline_partition_method,
+        tensor=tensor,
+        backend=workload.backend,
+        recompute=recompute,
+    )
+
+
+def show_dry_run(arguments: argparse.Namespace, sizes: VideoDiTConfig, config: Config) -> None:
+    """Print what the job would take, for ``--dry-run``."""
+    job = dry_run.Job(
+        model=sizes,
+        world_size=arguments.dry_run,
+        config=config,
+        frames=arguments.num_frames,
+        height=arguments.img_h,
+        width=arguments.img_w,
+        sequence_parallel=arguments.sequence_parallel,
+        recompute=arguments.recompute_granularity == "full",
+        partition=arguments.pipeline_partition_method,
+    )
+    dry_run.show(job, dry_run.dry_run(job), Console())
+
+
 def main() -> None:
     arguments = parse()
     config = flags.settings(arguments)
-    if config.mesh.tensor > 1 or config.mesh.pipe > 1:
-        raise dsp.UsageError("this script's model has no tensor or pipeline parallel layers yet; use degree 1 for both")
+    sizes = replace(PRESETS[arguments.model], channels=3)
+    if arguments.dry_run is not None:
+        show_dry_run(arguments, sizes, config)
+        return
+    if config.mesh.pipe > 1 and arguments.exposed_communication_interval:
+        raise dsp.UsageError("--exposed-communication-interval needs whole passes, which a pipeline has not; use pipe 1, or 0")
     mesh = dsp.initialize(config)
     rank = dist.get_rank()
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
@@ -173,10 +229,10 @@ def main() -> None:
 
     # Initial weights are equal on all ranks; random numbers drawn later are not.
     torch.manual_seed(arguments.seed)
-    preset = PRESETS[arguments.model]
-    model = VideoDiT(replace(preset, channels=3))
+    backend = config.sequence_parallel.backend
+    workload = VideoPretraining(arguments, sizes, mesh, backend)
+    model = make_model(arguments, sizes, mesh, workload)
     dsp.seed(mesh, arguments.seed)
-    workload = VideoPretraining(arguments, model.config, mesh, config.sequence_parallel.backend)
     train_size, micro, steps = config.batch_sizes.complete(mesh.size("data"))
     config = config.with_batch_sizes(train_size, micro, steps)
 
@@ -200,16 +256,18 @@ def main() -> None:
     engine, *_ = dsp.deepspeed_initialize(model=model, optimizer=optimizer, lr_scheduler=scheduler, config=config, mesh=mesh)
 
     with TrainingLog(rank=rank, total=arguments.train_iters, tensorboard=arguments.tensorboard_dir) as log:
-        parameters = sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in model.parameters())
         log.message(
-            f"{arguments.model}: {parameters:,} parameters | {len(workload.training.clips)} training clips, "
+            f"{arguments.model}: {parameter_count(sizes):,} parameters | {len(workload.training.clips)} training clips, "
             f"{len(workload.validation.clips)} for validation | global batch size {train_size} = micro batch {micro} x "
             f"accumulation {steps} x data {mesh.size('data')}"
         )
         exchange = exchange_of(mesh.group("sequence"))
         log.message(f"switches through {exchange.transport.name}: {exchange.transport_reason}")
+        log.message(f"kernels: {kernels(engine.basic_optimizer, mesh.device)}")
         progress = train(engine, workload, mesh, arguments, log)
-        if arguments.sample_steps and progress.iteration >= arguments.train_iters:  # not after a SIGTERM
+        if mesh.size("pipe") > 1:
+            log.message("no picture: sampling needs the whole model on every rank; use pipe 1 to have one")
+        elif arguments.sample_steps and progress.iteration >= arguments.train_iters:  # not after a SIGTERM
             engine.eval()
             clips = workload.sample(engine, [0, 1, 2], arguments.sample_steps)
             if rank == 0:

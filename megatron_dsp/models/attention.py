@@ -14,6 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from megatron_dsp.models.norms import EPSILON, rms_norm
+from megatron_dsp.tensor import TensorParallel
+
 # Does what a module's forward does (x and rotations are its arguments) where the dim that it attends over is sharded.
 OverRanks = Callable[["SelfAttention", Tensor, Tensor | None], Tensor]
 
@@ -56,20 +59,22 @@ class SelfAttention(nn.Module):
         heads: H, a divisor of C.
         over: "space" attends over S, "time" over T.
         qk_norm: normalise every head's queries and keys (RMS, as in ViT-22B, arXiv 2302.05442, and STDiT3).
+        tensor: each rank of its group attends with its own heads.
     """
 
-    def __init__(self, hidden: int, heads: int, over: Literal["space", "time"], qk_norm: bool) -> None:
+    def __init__(self, hidden: int, heads: int, over: Literal["space", "time"], qk_norm: bool, tensor: TensorParallel) -> None:
         super().__init__()
         self.over = over
-        self.head_shape = (heads, hidden // heads)
+        self.tensor = tensor
+        self.head_shape = (tensor.own(heads, "heads"), hidden // heads)
         # Three layers, not a fused one: its q, k and v would be strided slices, which the norms' GPU kernel copies,
         # and whose gradients have to be stacked.
-        self.query = nn.Linear(hidden, hidden)
-        self.key = nn.Linear(hidden, hidden)
-        self.value = nn.Linear(hidden, hidden)
-        self.query_norm: nn.Module = nn.RMSNorm(hidden // heads, eps=1e-6) if qk_norm else nn.Identity()
-        self.key_norm: nn.Module = nn.RMSNorm(hidden // heads, eps=1e-6) if qk_norm else nn.Identity()
-        self.out = nn.Linear(hidden, hidden)
+        self.query = tensor.column(hidden, hidden)
+        self.key = tensor.column(hidden, hidden)
+        self.value = tensor.column(hidden, hidden)
+        self.query_norm: nn.Module = HeadNorm(hidden // heads, tensor) if qk_norm else nn.Identity()
+        self.key_norm: nn.Module = HeadNorm(hidden // heads, tensor) if qk_norm else nn.Identity()
+        self.out = tensor.row(hidden, hidden)
 
     def forward(self, x: Tensor, rotations: Tensor | None = None, over_ranks: OverRanks | None = None) -> Tensor:
         """Attend in x [T, B, S, C]; ``rotations`` (complex, [T, 1, 1, 1, D / 2]) turn queries and keys.
@@ -82,6 +87,7 @@ class SelfAttention(nn.Module):
 
     def project(self, x: Tensor, rotations: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values [T, B, S, H, D] of x."""
+        x = self.tensor.enter(x)
         query = self.query_norm(self.query(x).unflatten(-1, self.head_shape))
         key = self.key_norm(self.key(x).unflatten(-1, self.head_shape))
         value = self.value(x).unflatten(-1, self.head_shape)
@@ -112,16 +118,21 @@ class SelfAttention(nn.Module):
 class CrossAttention(nn.Module):
     """Multi-head attention from every token of [T, B, S, C] to its sample's conditioning tokens [B, L, C]."""
 
-    def __init__(self, hidden: int, heads: int) -> None:
+    def __init__(self, hidden: int, heads: int, tensor: TensorParallel) -> None:
         super().__init__()
-        self.head_shape = (heads, hidden // heads)
-        self.query = nn.Linear(hidden, hidden)
-        self.key = nn.Linear(hidden, hidden)
-        self.value = nn.Linear(hidden, hidden)
-        self.out = nn.Linear(hidden, hidden)
+        self.tensor = tensor
+        self.head_shape = (tensor.own(heads, "heads"), hidden // heads)
+        self.query = tensor.column(hidden, hidden)
+        self.key = tensor.column(hidden, hidden)
+        self.value = tensor.column(hidden, hidden)
+        self.out = tensor.row(hidden, hidden)
 
     def forward(self, x: Tensor, tokens: Tensor, mask: Tensor) -> Tensor:
-        """Attend from x [T, B, S, C] to ``tokens`` [B, L, C] where ``mask`` [B, L] is True."""
+        """Attend from x [T, B, S, C] to ``tokens`` [B, L, C] where ``mask`` [B, L] is True.
+
+        ``tokens`` are a `TensorParallel.part`: of their gradient, each rank gives what its heads do.
+        """
+        x = self.tensor.enter(x)
         frames = x.shape[0]
         query = self.query(x).unflatten(-1, self.head_shape)
         key = self.key(tokens).unflatten(-1, self.head_shape)
@@ -132,7 +143,19 @@ class CrossAttention(nn.Module):
             _repeat(value, frames).transpose(1, 2),
             _repeat(mask, frames)[:, None, None, :],
         )
-        return self.out(attended.transpose(1, 2).reshape(x.shape))
+        return self.out(attended.transpose(1, 2).reshape(*query.shape).flatten(-2))
+
+
+class HeadNorm(nn.RMSNorm):
+    """RMS norm over the channels D of each head (arXiv 1910.07467), with weights that all heads share."""
+
+    def __init__(self, head_size: int, tensor: TensorParallel) -> None:
+        super().__init__(head_size, eps=EPSILON)
+        self.tensor = tensor
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise x [..., D]."""
+        return rms_norm(x, self.tensor.part(self.weight))
 
 
 def _repeat(x: Tensor, frames: int) -> Tensor:

@@ -8,18 +8,21 @@ shard lies.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
+from torch.utils.checkpoint import checkpoint
 
 from megatron_dsp.embedded import ring, ulysses, ulysses_in_chunks
 from megatron_dsp.errors import UsageError
-from megatron_dsp.layout import Layout
+from megatron_dsp.layout import Layout, shard_range
 from megatron_dsp.models.attention import CrossAttention, OverRanks, SelfAttention
 from megatron_dsp.models.embeddings import (
     ConditioningEmbedding,
@@ -30,13 +33,12 @@ from megatron_dsp.models.embeddings import (
     time_rotations,
     unpatchify,
 )
+from megatron_dsp.models.norms import layer_norm
 from megatron_dsp.reshard import FixedOverlap, Region, Stage
 from megatron_dsp.reshard.exchange import exchange_of
+from megatron_dsp.tensor import ColumnParallelLinear, RowParallelLinear, TensorParallel, initialise
 
 DIMS = ("time", "batch", "space", "channels")
-# The dim that is sharded while a stage runs: with DSP one that the stage does not mix, with Ulysses and Ring always the same.
-SHARDED_DIM = {"embedding": "time", "spatial": "time", "temporal": "space", "head": "time"}
-SHARDED_DIM_EMBEDDED = dict.fromkeys(SHARDED_DIM, "time")
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,11 @@ class VideoDiTConfig:
     channels: int = 3
     mlp_ratio: float = 4.0
     qk_norm: bool = True
+
+    @property
+    def patch_channels(self) -> int:
+        """Values of a token before it is embedded."""
+        return self.channels * math.prod(self.patch)
 
     def __post_init__(self) -> None:
         for name in ("layers", "hidden", "heads", "conditioning_size", "channels", "mlp_ratio"):
@@ -95,13 +102,16 @@ class Block(nn.Module):
     time, and the block's own table ("adaLN-single", PixArt-alpha, arXiv 2310.00426).
     """
 
-    def __init__(self, config: VideoDiTConfig, over: Literal["space", "time"]) -> None:
+    def __init__(self, config: VideoDiTConfig, over: Literal["space", "time"], tensor: TensorParallel) -> None:
         super().__init__()
         inner = int(config.hidden * config.mlp_ratio)
+        self.over, self.tensor = over, tensor
         self.modulation_table = nn.Parameter(torch.empty(6, config.hidden))
-        self.self_attention = SelfAttention(config.hidden, config.heads, over, config.qk_norm)
-        self.cross_attention = CrossAttention(config.hidden, config.heads)
-        self.mlp = nn.Sequential(nn.Linear(config.hidden, inner), nn.GELU(approximate="tanh"), nn.Linear(inner, config.hidden))
+        self.self_attention = SelfAttention(config.hidden, config.heads, over, config.qk_norm, tensor)
+        self.cross_attention = CrossAttention(config.hidden, config.heads, tensor)
+        self.mlp = nn.Sequential(
+            tensor.column(config.hidden, inner), nn.GELU(approximate="tanh"), tensor.row(inner, config.hidden)
+        )
 
     def forward(
         self,
@@ -122,60 +132,117 @@ class Block(nn.Module):
             rotations: rotary positions of the frames, [T, 1, 1, 1, head size / 2], complex.
             over_ranks: attention where x has a shard of the dim that the block attends over.
         """
-        table = self.modulation_table + modulation.unflatten(-1, self.modulation_table.shape)
+        table = self.tensor.beside(self.modulation_table) + modulation.unflatten(-1, self.modulation_table.shape)
         shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = table.unsqueeze(2).unbind(3)  # each [T, B, 1, C]
         x = torch.addcmul(x, gate, self.self_attention(modulated_norm(x, shift, scale), rotations, over_ranks))
         x = x + self.cross_attention(x, tokens, mask)
-        return torch.addcmul(x, mlp_gate, self.mlp(modulated_norm(x, mlp_shift, mlp_scale)))
+        return torch.addcmul(x, mlp_gate, self.mlp(self.tensor.enter(modulated_norm(x, mlp_shift, mlp_scale))))
+
+    def reset_parameters(self) -> None:
+        """Begin as the identity where the modulation is 0 (adaLN-zero, arXiv 2212.09748)."""
+        _reset_linear_and_norms(self)
+        nn.init.zeros_(self.modulation_table)
+        initialise(cast(Tensor, self.cross_attention.out.weight), nn.init.zeros_)
 
 
 class Head(nn.Module):
     """From tokens to flattened patches: a modulated norm and a linear layer."""
 
-    def __init__(self, hidden: int, patch_channels: int) -> None:
+    def __init__(self, config: VideoDiTConfig) -> None:
         super().__init__()
-        self.modulation_table = nn.Parameter(torch.empty(2, hidden))
-        self.out = nn.Linear(hidden, patch_channels)
+        self.modulation_table = nn.Parameter(torch.empty(2, config.hidden))
+        self.out = nn.Linear(config.hidden, config.patch_channels)
 
     def forward(self, x: Tensor, time: Tensor) -> Tensor:
         """x [T, B, S, C] and the embedding of its frames' times [T, B, C] -> patches [T, B, S, patch channels]."""
         shift, scale = (self.modulation_table + time[:, :, None]).unsqueeze(2).unbind(3)
         return self.out(modulated_norm(x, shift, scale))
 
+    def reset_parameters(self) -> None:
+        """Give 0."""
+        _reset_linear_and_norms(self)
+        nn.init.zeros_(self.modulation_table)
+        nn.init.zeros_(self.out.weight)
 
-class VideoDiT(nn.Module):
-    """Predicts the velocity of a noisy video from diffusion times and conditioning tokens."""
+
+class Activations(NamedTuple):
+    """What goes from one part of the model to the next.
+
+    Attributes:
+        x: tokens [T, B, S, C], of which a rank holds its shard, in the layout of the part that made it.
+        time: the embedding of all frames' diffusion times, [T, B, C].
+        modulation: that all blocks share, of all frames, [T, B, 6 C].
+        tokens: conditioning tokens, [B, L, C].
+        mask: of those to attend to, [B, L], bool.
+    """
+
+    x: Tensor
+    time: Tensor
+    modulation: Tensor
+    tokens: Tensor
+    mask: Tensor
+
+
+class Embedding(nn.Module):
+    """From a video, its diffusion times and its conditioning to what the blocks take."""
 
     def __init__(self, config: VideoDiTConfig) -> None:
         super().__init__()
-        self.config = config
-        depth, rows, columns = config.patch
-        patch_channels = config.channels * depth * rows * columns
-        self.patch_embedding = nn.Linear(patch_channels, config.hidden)
+        self.patch = config.patch
+        self.patch_embedding = nn.Linear(config.patch_channels, config.hidden)
         self.timestep_embedding = TimestepEmbedding(config.hidden)
         self.conditioning_embedding = ConditioningEmbedding(config.conditioning_size, config.hidden)
         self.modulation = nn.Linear(config.hidden, 6 * config.hidden)
-        self.spatial_blocks = nn.ModuleList(Block(config, over="space") for _ in range(config.layers))
-        self.temporal_blocks = nn.ModuleList(Block(config, over="time") for _ in range(config.layers))
-        self.head = Head(config.hidden, patch_channels)
-        self.reset_parameters()
+
+    def forward(self, video: Tensor, timesteps: Tensor, conditioning: Tensor, mask: Tensor, drop: Tensor | None) -> Activations:
+        """Embed this rank's frames of a video, and all of the others; arguments as those of `VideoDiT.forward`."""
+        x = self.patch_embedding(patchify(video.to(self.patch_embedding.weight.dtype), self.patch))
+        h, w = grid_size(video.shape[3], video.shape[4], self.patch)
+        time = self.timestep_embedding(timesteps)
+        tokens, mask = self.conditioning_embedding(conditioning, mask, drop)
+        return Activations(x + space_positions(h, w, like=x), time, self.modulation(F.silu(time)), tokens, mask)
+
+    def reset_parameters(self) -> None:
+        """No modulation."""
+        _reset_linear_and_norms(self)
+        nn.init.normal_(self.conditioning_embedding.null_token, std=0.02)
+        nn.init.zeros_(self.modulation.weight)
+
+
+class VideoDiT(nn.Module):
+    """Predicts the velocity of a noisy video from diffusion times and conditioning tokens.
+
+    Args:
+        config: its sizes.
+        tensor: how blocks are spread over the tensor group; ``sequence_dim`` must be 2, space, if given.
+        recompute: whether blocks are computed again in backward instead of keeping what they computed.
+    """
+
+    def __init__(self, config: VideoDiTConfig, *, tensor: TensorParallel | None = None, recompute: bool = False) -> None:
+        super().__init__()
+        seeds = part_seeds(config)
+        self.config, self.recompute = config, recompute
+        self.tensor = TensorParallel() if tensor is None else tensor
+        self.embedding = Embedding(config)
+        self.spatial_blocks = nn.ModuleList(Block(config, "space", self.tensor) for _ in range(config.layers))
+        self.temporal_blocks = nn.ModuleList(Block(config, "time", self.tensor) for _ in range(config.layers))
+        self.head = Head(config)
+        for part, seed in zip(self.parts(), seeds, strict=True):
+            reset_part(part, seed)
 
     def reset_parameters(self) -> None:
         """Initialise all parameters: blocks begin as the identity, the output as 0 (adaLN-zero, arXiv 2212.09748)."""
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.xavier_uniform_(module.weight)
-                nn.init.zeros_(module.bias)
-            elif isinstance(module, nn.RMSNorm):
-                module.reset_parameters()
-            elif isinstance(module, Block):
-                nn.init.zeros_(module.modulation_table)
-        nn.init.normal_(self.conditioning_embedding.null_token, std=0.02)
-        nn.init.zeros_(self.head.modulation_table)
-        for block in [*self.spatial_blocks, *self.temporal_blocks]:
-            nn.init.zeros_(block.cross_attention.out.weight)
-        nn.init.zeros_(self.modulation.weight)
-        nn.init.zeros_(self.head.out.weight)
+        for part, seed in zip(self.parts(), part_seeds(self.config), strict=True):
+            reset_part(part, seed)
+
+    def blocks(self) -> list[Block]:
+        """The blocks in the order in which they run."""
+        pairs = zip(self.spatial_blocks, self.temporal_blocks, strict=True)
+        return [cast(Block, block) for pair in pairs for block in pair]
+
+    def parts(self) -> list[Embedding | Block | Head]:
+        """What the model consists of, in the order in which it runs."""
+        return [self.embedding, *self.blocks(), self.head]
 
     def forward(
         self,
@@ -186,7 +253,7 @@ class VideoDiT(nn.Module):
         conditioning_drop: Tensor | None = None,
         *,
         group: ProcessGroup | None = None,
-        backend: Literal["dsp", "ulysses", "ring"] = "dsp",
+        backend: str = "dsp",
     ) -> Tensor:
         """Predict the velocity of this rank's frames; with no group, of all frames.
 
@@ -209,79 +276,162 @@ class VideoDiT(nn.Module):
             UsageError: if shapes or dtypes do not fit each other or the config.
             ValueError: if ``video`` does not hold the frames that belong to this rank.
         """
-        self._check(video, timesteps, conditioning, conditioning_mask, conditioning_drop)
-        token_frames, batch = timesteps.shape
+        check_inputs(self.config, group, video, timesteps, conditioning, conditioning_mask, conditioning_drop)
+        entering = self.embedding(video, timesteps, conditioning, conditioning_mask, conditioning_drop)
+        entering = entering._replace(x=self.tensor.shard(entering.x))
         h, w = grid_size(video.shape[3], video.shape[4], self.config.patch)
-        sizes = (token_frames, batch, h * w, self.config.hidden)
-        over_ranks = None if group is None or backend == "dsp" else attention_over_ranks(backend, token_frames, group)
-        sharded = SHARDED_DIM if over_ranks is None else SHARDED_DIM_EMBEDDED
-        region = Region(Layout(DIMS, sizes, sharded=sharded["embedding"]), group)
-        self._check_frames(video.shape[0], region, token_frames)
-
-        x = self.patch_embedding(patchify(video.to(self.patch_embedding.weight.dtype), self.config.patch))
-        x = x + space_positions(h, w, like=x)
-        time = self.timestep_embedding(timesteps)
-        modulation = self.modulation(F.silu(time))
-        tokens, mask = self.conditioning_embedding(conditioning, conditioning_mask, conditioning_drop)
-        rotations = time_rotations(token_frames, self.config.hidden // self.config.heads, like=x)
-
-        def local(side: Tensor, *names: str) -> Tensor:
-            for dim, name in enumerate(names):
-                side = region.local(side, dim=dim, name=name)
-            return side
-
-        def spatial(block: nn.Module, x: Tensor) -> Tensor:
-            return block(x, local(modulation, "time", "batch"), local(tokens, "batch"), local(mask, "batch"))
-
-        def temporal(block: nn.Module, x: Tensor) -> Tensor:
-            sides = local(modulation, "time", "batch"), local(tokens, "batch"), local(mask, "batch"), local(rotations, "time")
-            return block(x, *sides, over_ranks)
-
-        stages = []
-        for i, (over_space, over_time) in enumerate(zip(self.spatial_blocks, self.temporal_blocks, strict=True)):
-            stages.append(Stage(partial(spatial, over_space), sharded["spatial"], f"spatial {i}"))
-            stages.append(Stage(partial(temporal, over_time), sharded["temporal"], f"temporal {i}"))
-        stages.append(Stage(lambda x: self.head(x, local(time, "time", "batch")), sharded["head"], "head"))
-        patches = region.run(stages, x, independent="batch")
+        way = Way(self.config, self.tensor, group, backend, self.recompute)
+        patches = way.run([*self.blocks(), self.head], entering, space=h * w, first=0)
         return unpatchify(patches, self.config.patch, video.shape)
 
-    def _check(self, video: Tensor, timesteps: Tensor, conditioning: Tensor, mask: Tensor, drop: Tensor | None) -> None:
-        """Refuse arguments that do not fit the config or each other."""
-        if video.ndim != 5 or video.shape[2] != self.config.channels:
-            raise UsageError(
-                f"video has shape {tuple(video.shape)}; it must be [frames, batch, {self.config.channels} channels, "
-                "height, width], with the channels of the config"
-            )
-        batch = video.shape[1]
-        if timesteps.ndim != 2 or timesteps.shape[1] != batch:
-            raise UsageError(
-                f"timesteps have shape {tuple(timesteps.shape)}; they must be "
-                f"[token frames of the whole clip, {batch}] for this batch"
-            )
-        size = self.config.conditioning_size
-        if conditioning.ndim != 3 or conditioning.shape[::2] != (batch, size) or conditioning.shape[1] == 0:
-            raise UsageError(
-                f"conditioning has shape {tuple(conditioning.shape)}; it must be [{batch}, tokens, {size}] with at "
-                "least one token: for samples without any, pass one and mask it"
-            )
-        for name, tensor, shape in (("mask", mask, conditioning.shape[:2]), ("drop", drop, conditioning.shape[:1])):
-            if tensor is not None and (tensor.shape != shape or tensor.dtype != torch.bool):
-                raise UsageError(
-                    f"conditioning_{name} is {tensor.dtype} of shape {tuple(tensor.shape)}; "
-                    f"it must be bool of shape {tuple(shape)}"
-                )
 
-    def _check_frames(self, frames: int, region: Region, token_frames: int) -> None:
-        """Refuse frames that are not those of this rank's token frames."""
-        depth = self.config.patch[0]
-        start, stop = region.range("time")
-        most = (stop - start) * depth
-        least = most - depth + 1 if start < stop == token_frames else most
-        if not least <= frames <= most:
-            raise ValueError(
-                f"video has {frames} frames, but {stop - start} of the clip's {token_frames} token frames (of {depth} "
-                f"frames each) belong here: give it {least} to {most} frames, or timesteps for other token frames"
+class Way(NamedTuple):
+    """How activations go through blocks.
+
+    Attributes:
+        config: as that of the blocks.
+        tensor: as that of the blocks.
+        group: the sequence group; None: this rank has everything.
+        backend: as of `VideoDiT.forward`.
+        recompute: as of `VideoDiT`.
+    """
+
+    config: VideoDiTConfig
+    tensor: TensorParallel
+    group: ProcessGroup | None
+    backend: str
+    recompute: bool
+
+    def sharded(self, over: Literal["space", "time"] | None) -> str:
+        """The dim that is sharded while a block runs that attends over ``over``; None: while another part does."""
+        # With DSP one that the block does not mix, with Ulysses and Ring always the same.
+        return "space" if over == "time" and self.backend == "dsp" else "time"
+
+    def run(
+        self,
+        parts: Sequence[Block | Head],
+        activations: Activations,
+        *,
+        space: int,
+        first: int,
+        over_before: Literal["space", "time"] | None = None,
+    ) -> Tensor:
+        """Take ``activations.x`` through ``parts``; the result is in the last one's layout.
+
+        ``space`` are the spatial tokens of a frame; ``first`` is the place of the first part among the model's blocks, from 0;
+        ``over_before`` is what the block before it attends over, which x comes from (None: from `Embedding`).
+        """
+        x, time, modulation, tokens, mask = activations
+        frames, batch = time.shape[:2]
+        # With sequence_dim the tensor ranks divide the tokens first: each group along the sequence axis knows its own alone.
+        space = space if self.tensor.sequence_dim is None else self.tensor.own(space, "spatial tokens")
+        layout = Layout(DIMS, (frames, batch, space, self.config.hidden), sharded=self.sharded(over_before))
+        region = Region(layout, self.group, sharing=self.tensor.sharing(self.config.hidden))
+        over_ranks = None
+        if self.group is not None and self.backend != "dsp":
+            over_ranks = attention_over_ranks(self.backend, frames, self.group)
+        rotations = time_rotations(frames, self.config.hidden // self.config.heads, like=x)
+        sides = (self.tensor.beside(modulation), self.tensor.part(tokens), mask, rotations)
+        stages = []
+        for index, part in enumerate(parts, start=first):
+            if isinstance(part, Head):
+                stages.append(Stage(partial(self._head, part, region, time), self.sharded(None), "head"))
+            else:
+                name = f"{'spatial' if part.over == 'space' else 'temporal'} {index // 2}"
+                stages.append(Stage(partial(self._block, part, region, sides, over_ranks), self.sharded(part.over), name))
+        return region.run(stages, x, independent="batch")
+
+    def _block(
+        self,
+        block: Block,
+        region: Region,
+        sides: tuple[Tensor, Tensor, Tensor, Tensor],
+        over_ranks: OverRanks | None,
+        x: Tensor,
+    ) -> Tensor:
+        modulation, tokens, mask, rotations = sides
+        local = [_local(region, modulation, "time", "batch"), _local(region, tokens, "batch"), _local(region, mask, "batch")]
+        if block.over == "time":
+            local.append(_local(region, rotations, "time"))
+        else:
+            over_ranks = None  # all of space is here
+        if self.recompute and torch.is_grad_enabled():
+            return checkpoint(block, x, *local, over_ranks=over_ranks, use_reentrant=False)
+        return block(x, *local, over_ranks=over_ranks)
+
+    def _head(self, head: Head, region: Region, time: Tensor, x: Tensor) -> Tensor:
+        return head(self.tensor.whole(x), _local(region, time, "time", "batch"))
+
+
+def _local(region: Region, side: Tensor, *names: str) -> Tensor:
+    for dim, name in enumerate(names):
+        side = region.local(side, dim=dim, name=name)
+    return side
+
+
+def part_seeds(config: VideoDiTConfig) -> list[int]:
+    """A seed for each part of a model, from torch's generator: a rank that has only some parts gives them the same weights."""
+    return torch.randint(2**62, (2 * config.layers + 2,), device="cpu").tolist()
+
+
+def reset_part(part: Embedding | Block | Head, seed: int) -> None:
+    """Initialise a part's parameters from a seed of its own."""
+    with torch.random.fork_rng(devices=[]):
+        torch.random.default_generator.manual_seed(seed)
+        part.reset_parameters()
+
+
+def _reset_linear_and_norms(part: nn.Module) -> None:
+    for module in part.modules():
+        if isinstance(module, (nn.Linear, ColumnParallelLinear, RowParallelLinear)):
+            initialise(module.weight, nn.init.xavier_uniform_)
+            if module.bias is not None:
+                initialise(module.bias, nn.init.zeros_)
+        elif isinstance(module, nn.RMSNorm):
+            module.reset_parameters()
+
+
+def check_inputs(
+    config: VideoDiTConfig,
+    group: ProcessGroup | None,
+    video: Tensor,
+    timesteps: Tensor,
+    conditioning: Tensor,
+    mask: Tensor,
+    drop: Tensor | None,
+) -> None:
+    """Refuse arguments of `VideoDiT.forward` that do not fit the config or each other, with its errors."""
+    if video.ndim != 5 or video.shape[2] != config.channels:
+        raise UsageError(
+            f"video has shape {tuple(video.shape)}; it must be [frames, batch, {config.channels} channels, "
+            "height, width], with the channels of the config"
+        )
+    batch = video.shape[1]
+    if timesteps.ndim != 2 or timesteps.shape[1] != batch:
+        raise UsageError(
+            f"timesteps have shape {tuple(timesteps.shape)}; they must be "
+            f"[token frames of the whole clip, {batch}] for this batch"
+        )
+    size = config.conditioning_size
+    if conditioning.ndim != 3 or conditioning.shape[::2] != (batch, size) or conditioning.shape[1] == 0:
+        raise UsageError(
+            f"conditioning has shape {tuple(conditioning.shape)}; it must be [{batch}, tokens, {size}] with at "
+            "least one token: for samples without any, pass one and mask it"
+        )
+    for name, tensor, shape in (("mask", mask, conditioning.shape[:2]), ("drop", drop, conditioning.shape[:1])):
+        if tensor is not None and (tensor.shape != shape or tensor.dtype != torch.bool):
+            raise UsageError(
+                f"conditioning_{name} is {tensor.dtype} of shape {tuple(tensor.shape)}; it must be bool of shape {tuple(shape)}"
             )
+    frames, token_frames, depth = video.shape[0], timesteps.shape[0], config.patch[0]
+    start, stop = (0, token_frames) if group is None else shard_range(token_frames, group.size(), group.rank())
+    most = (stop - start) * depth
+    least = most - depth + 1 if start < stop == token_frames else most
+    if not least <= frames <= most:
+        raise ValueError(
+            f"video has {frames} frames, but {stop - start} of the clip's {token_frames} token frames (of {depth} "
+            f"frames each) belong here: give it {least} to {most} frames, or timesteps for other token frames"
+        )
 
 
 def attention_over_ranks(backend: str, frames: int, group: ProcessGroup) -> OverRanks:
@@ -304,12 +454,15 @@ def attention_over_ranks(backend: str, frames: int, group: ProcessGroup) -> Over
         batched = (module.batched(each) for each in (query, key, value))
         return module.finish(module.stored(ring(*batched, size=frames, group=group, stage="temporal"), query))
 
-    return {"ulysses": by_ulysses if chunks == 1 else by_ulysses_in_chunks, "ring": by_ring}[backend]
+    known = {"ulysses": by_ulysses if chunks == 1 else by_ulysses_in_chunks, "ring": by_ring}
+    if backend not in known:
+        raise UsageError(f"backend={backend!r} is not known; use one of: dsp, {', '.join(known)}")
+    return known[backend]
 
 
 def modulated_norm(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     """LayerNorm over the channels of x [T, B, S, C] without weights, times 1 + scale, plus shift [T, B, 1, C]."""
-    return torch.addcmul(shift, F.layer_norm(x, x.shape[-1:], eps=1e-6), 1 + scale)
+    return torch.addcmul(shift, layer_norm(x), 1 + scale)
 
 
 def parameter_count(config: VideoDiTConfig) -> int:

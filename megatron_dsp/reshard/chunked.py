@@ -42,14 +42,15 @@ def run(region: Region, stages: Sequence[Stage], x: Tensor, schedule: Schedule) 
                 done.append(chunk)
             else:
                 # A stage that runs whole sends its result off in all the chunks of the next one.
-                done += legs.begin([ways[number]] if cut.dim else ways, chunk)
+                done += legs.begin([ways[number]] if cut.dim else ways, region.part(chunk))
         if last:
             break
         if ways[0].target is ways[-1].target:
-            arriving = iter(_pieces(legs.end(ways, done), cuts[index + 1], region.layout, exchange.rank))
+            whole = region.complete(legs.end(ways, done))
+            arriving = iter(_pieces(whole, cuts[index + 1], region.layout, exchange.rank))
         else:
             # Each is waited for just before it is computed on.
-            arriving = (legs.end([way], [token]) for way, token in zip(ways, done, strict=True))
+            arriving = (region.complete(legs.end([way], [token])) for way, token in zip(ways, done, strict=True))
     return done[0] if cuts[-1].dim is None else torch.cat(done, region.layout.index(cuts[-1].dim))
 
 

@@ -90,7 +90,12 @@ class Exchange:
         self, xs: list[Tensor], gather: list[int], split: list[int], sizes: list[int], stage: str, operation: str
     ) -> list[Tensor]:
         """In one collective, move the shard of each tensor from dim ``gather``, of global size ``sizes``, to dim ``split``."""
-        moves = [
+        with named(f"{operation} {stage}"):
+            return self.begin_switch(self.moves(xs, gather, split, sizes), stage, operation)()
+
+    def moves(self, xs: list[Tensor], gather: list[int], split: list[int], sizes: list[int]) -> list[Move]:
+        """What `switch` moves."""
+        return [
             Move(
                 x,
                 gather_dim,
@@ -100,8 +105,6 @@ class Exchange:
             )
             for x, gather_dim, split_dim, size in zip(xs, gather, split, sizes, strict=True)
         ]
-        with named(f"{operation} {stage}"):
-            return self.begin_switch(moves, stage, operation)()
 
     def begin_switch(self, moves: list[Move], stage: str, operation: str, *, beside: bool = False) -> End:
         """Start one collective that makes all ``moves``. What is returned waits for it, and is to be called once.
@@ -120,7 +123,7 @@ class Exchange:
             dims = f"gather {[move.gather for move in moves]}, split {[move.split for move in moves]}"
             self.agreement.check(_text(operation, stage, *wholes, dims))
         moves = [move._replace(x=_plain(move.x)) for move in moves]
-        self._count(stage, operation, sum(move.sent_to_others(self.rank) for move in moves))
+        self.count(stage, operation, self.sent_by_switch(moves))
         transport = self.transport
         if self.removed is not None and (self.removed[1] is None or stage.split(" ")[0] in self.removed[1]):
             transport = self.removed[0]
@@ -147,7 +150,7 @@ class Exchange:
             [dist.P2POp(dist.irecv, as_bytes(x), group=group, group_peer=before, tag=_ROTATION_TAG) for x in received]
             + [dist.P2POp(dist.isend, as_bytes(x), group=group, group_peer=after, tag=_ROTATION_TAG) for x in xs]
         )
-        self._count(stage, operation, sum(x.nbytes for x in xs))
+        self.count(stage, operation, sum(x.nbytes for x in xs))
 
         def end() -> list[Tensor]:
             for work in works:
@@ -176,7 +179,7 @@ class Exchange:
             ]
             for work in works:
                 work.wait()
-        self._count(stage, operation, send.numel() * send.element_size() * (self.size - 1))
+        self.count(stage, operation, self.sent_by_gather(x))
         return unpack(received, dim, shapes)
 
     def reduce_scatter(self, x: Tensor, dim: int, stage: str, operation: str) -> Tensor:
@@ -186,7 +189,7 @@ class Exchange:
         shapes = shard_shapes(x.shape, dim, shard_sizes(x.shape[dim], self.size))
         send, send_sizes = pack(_plain(x), dim, shapes), counts(shapes)
         own, width = send_sizes[self.rank], send.element_size()
-        self._count(stage, operation, (send.numel() - own) * width)
+        self.count(stage, operation, self.sent_by_reduce_scatter(x, dim))
         if len(set(send_sizes)) == 1:
             received = send.new_empty(own)
             _reduce_scatter(received, send, group=self.group)
@@ -203,12 +206,36 @@ class Exchange:
             self.agreement.check(_text(operation, stage, f"{list(x.shape)} {x.dtype}"))
         total = _plain(x).clone(memory_format=torch.contiguous_format)
         dist.all_reduce(total, group=self.group)
-        self._count(stage, operation, 2 * (self.size - 1) * x.numel() * x.element_size() // self.size)
+        self.count(stage, operation, self.sent_by_all_reduce(x))
         return total
 
-    def _count(self, stage: str, operation: str, sent: int) -> None:
+    def sent_by_switch(self, moves: list[Move]) -> int:
+        """The bytes that leave this rank in a switch."""
+        return sum(move.sent_to_others(self.rank) for move in moves)
+
+    def sent_by_gather(self, x: Tensor) -> int:
+        """The bytes that leave this rank in a gather of its shard ``x``."""
+        return x.nbytes * (self.size - 1)
+
+    def sent_by_reduce_scatter(self, x: Tensor, dim: int) -> int:
+        """The bytes that leave this rank in a reduce-scatter over dim ``dim`` of ``x``."""
+        size = x.shape[dim]
+        own = shard_sizes(size, self.size)[self.rank]
+        return x.nbytes // size * (size - own) if size else 0
+
+    def sent_by_all_reduce(self, x: Tensor) -> int:
+        """The bytes that leave this rank in an all-reduce of ``x``, by a ring."""
+        return ring_all_reduce_bytes(x.nbytes, self.size)
+
+    def count(self, stage: str, operation: str, sent: int) -> None:
+        """Note a collective that sends ``sent`` bytes."""
         calls, sent_before = self.counts.get((stage, operation), (0, 0))
         self.counts[stage, operation] = (calls + 1, sent_before + sent)
+
+
+def ring_all_reduce_bytes(size: int, ranks: int) -> int:
+    """The bytes that leave each of ``ranks`` ranks in an all-reduce of ``size`` bytes: a reduce-scatter and an all-gather."""
+    return 2 * (ranks - 1) * size // ranks
 
 
 def _plain(x: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 import torch.distributed as dist
@@ -28,16 +28,29 @@ class Stage(NamedTuple):
     name: str = ""
 
 
+class Sharing(Protocol):
+    """Divides the work of switches among ranks that hold the same activation, along a dim that no stage shards."""
+
+    def part(self, x: Tensor) -> Tensor:
+        """What this rank switches of ``x``; a view."""
+
+    def complete(self, moved: Tensor) -> Tensor:
+        """All of it, from this rank's part."""
+
+
 class Region:
     """Keeps one activation sharded on a dim that the running stage does not mix.
 
     One region serves one forward pass: it starts in ``layout`` and moves with the activation. ``group`` None means a
     single process, which holds everything: nothing is moved then, and a model needs no second code path for it.
+
+    ``sharing`` is for ranks of several sequence groups that hold the same activation: each switches a part of it.
     """
 
-    def __init__(self, layout: Layout, group: dist.ProcessGroup | None):
+    def __init__(self, layout: Layout, group: dist.ProcessGroup | None, *, sharing: Sharing | None = None):
         self.layout = layout
         self.group = group
+        self._sharing = sharing
         self._chunk: dict[str, tuple[int, int]] = {}  # of a dim, the global indices on which a stage runs now
 
     def run(self, stages: Sequence[Stage], x: Tensor, *, independent: str | None = None) -> Tensor:
@@ -74,7 +87,16 @@ class Region:
         whole, size = now.index(now.sharded), now.size(now.sharded)
         if dim is None:
             return primitives.gather(x, dim=whole, size=size, group=self.group, stage=stage)
-        return primitives.switch(x, gather=whole, split=now.index(dim), size=size, group=self.group, stage=stage)
+        moved = primitives.switch(self.part(x), gather=whole, split=now.index(dim), size=size, group=self.group, stage=stage)
+        return self.complete(moved)
+
+    def part(self, x: Tensor) -> Tensor:
+        """What this rank switches of ``x``."""
+        return x if self._sharing is None else self._sharing.part(x)
+
+    def complete(self, moved: Tensor) -> Tensor:
+        """The activation, from the part of it that this rank switched."""
+        return moved if self._sharing is None else self._sharing.complete(moved)
 
     def range(self, name: str) -> tuple[int, int]:
         """The half-open range of global indices of the dim named ``name`` on which this rank runs now."""

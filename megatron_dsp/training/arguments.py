@@ -43,6 +43,7 @@ _LEAST = {
     "lr_warmup_iters": 0,
     "lr_decay_iters": 1,
     "seed": 0,
+    "dry_run": 1,
 }
 
 
@@ -70,10 +71,31 @@ def parser(description: str) -> argparse.ArgumentParser:
     add("--deepspeed", action="store_true", help=argparse.SUPPRESS)
     add("--deepspeed_config", "--deepspeed-config", type=Path, help="the ds_config: ZeRO, precision, our own sections")
 
+    add(
+        "--dry-run",
+        type=int,
+        metavar="RANKS",
+        help="start nothing: print the memory of a rank and the bytes that it sends in a step, for a job of so many ranks",
+    )
+
     group = arguments.add_argument_group("degrees (data fills the world)")
     group.add_argument("--tensor-model-parallel-size", type=int)
     group.add_argument("--pipeline-model-parallel-size", type=int)
     group.add_argument("--dynamic-sequence-parallel-size", type=int)
+
+    group.add_argument(
+        "--sequence-parallel",
+        action="store_true",
+        help="Megatron's: activations between tensor-parallel parts are sharded over the tensor ranks",
+    )
+    group.add_argument(
+        "--pipeline-partition-method",
+        default="parameters",
+        help="DeepSpeed's partition_method: parameters, uniform or type:REGEX (of the classes of layers to balance)",
+    )
+    group.add_argument(
+        "--recompute-granularity", choices=["full"], help="full: blocks are computed again in backward; default: kept"
+    )
 
     group = arguments.add_argument_group("training")
     group.add_argument("--micro-batch-size", type=int, help="samples a data rank and micro-batch")
@@ -87,7 +109,11 @@ def parser(description: str) -> argparse.ArgumentParser:
     group.add_argument("--adam-beta1", type=float, help="(default: 0.9)")
     group.add_argument("--adam-beta2", type=float, help="(default: 0.999)")
     group.add_argument("--adam-eps", type=float, help="(default: 1e-8)")
-    group.add_argument("--clip-grad", type=float, help="largest global gradient norm; default: no clipping")
+    group.add_argument(
+        "--clip-grad",
+        type=float,
+        help="largest global gradient norm; 0: no clipping (default: DeepSpeed's, which is 1.0 in 0.19)",
+    )
     group.add_argument("--seed", type=int, default=1234)
 
     group = arguments.add_argument_group("checkpoints, validation, logging")

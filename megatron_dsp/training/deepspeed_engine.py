@@ -15,6 +15,7 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from megatron_dsp import config as configs
+from megatron_dsp import launch
 from megatron_dsp.errors import UsageError
 from megatron_dsp.mesh import Mesh
 from megatron_dsp.training.sampler import sampler
@@ -38,12 +39,13 @@ def deepspeed_initialize(
     reports (``train_batch_size()``, ``global_samples``, samples a second), count samples once. The loader of
     ``training_data`` gives the ranks of one sequence group the same samples. ``args.deepspeed_config`` serves where
     ``config`` is not given; a client optimizer needs ``"zero_allow_untested_optimizer": true``, as always in DeepSpeed.
+    A ``PipelineModule`` over `megatron_dsp.pipeline.topology` makes a pipeline engine, whose data comes by ``train_batch``.
 
     Errors: UsageError, on every rank, where the config does not fit the mesh or asks for what is not built.
     """
     # Its import takes seconds, which those who train with DDP or FSDP need not spend.
     import deepspeed
-    from deepspeed.ops import __compatible_ops__ as compatible_ops
+    from deepspeed.pipe import PipelineModule
 
     if model is None:
         raise UsageError("deepspeed_initialize needs a model")
@@ -57,16 +59,19 @@ def deepspeed_initialize(
         "train_micro_batch_size_per_gpu": micro,
         "gradient_accumulation_steps": steps,
     }
+    pipelined = isinstance(model, PipelineModule)
+    _check_pipeline(model, settings, mesh)
+    if pipelined:
+        # On by default, these send the first of several tensors in parts, and take the rest to need no gradient.
+        ds_config["pipeline"] = {**ds_config.get("pipeline", {}), "pipe_partitioned": False, "grad_partitioned": False}
 
-    if mesh.device.type == "cpu":
-        # Its shared-memory collectives would be compiled at start-up, which takes a C++ compiler and up to two minutes.
-        compatible_ops["deepspeed_shm_comm"] = False
+    launch.start_deepspeed(mesh.device.type)
     engine, optimizer, _, lr_scheduler = deepspeed.initialize(
         model=model,
         optimizer=optimizer,
         model_parameters=model_parameters,
         lr_scheduler=lr_scheduler,
-        mpu=mesh.mpu,
+        mpu=None if pipelined else mesh.mpu,  # a pipeline brings its own
         dist_init_required=False,
         config=ds_config,
     )
@@ -87,14 +92,47 @@ def _check_degrees(settings: configs.Config, mesh: Mesh) -> None:
     for axis, degree in settings.degrees.items():
         if degree != mesh.size(axis):
             raise UsageError(f"the config gives {axis} degree {degree}, but this mesh has {mesh.size(axis)}; make them agree")
-    if mesh.size("pipe") > 1:
-        raise UsageError(f"pipe={mesh.size('pipe')} is not built yet; use pipe 1")
     zero = settings.deepspeed.get("zero_optimization", {})
     for key, neutral in (("mics_shard_size", -1), ("zero_hpz_partition_size", 1)):
         if zero.get(key, neutral) not in (neutral, 0):
             raise UsageError(
                 f"zero_optimization.{key}={zero[key]} makes groups of its own that do not know the sequence axis; remove it"
             )
+
+
+def _check_pipeline(model: nn.Module, settings: configs.Config, mesh: Mesh) -> None:
+    """Refuse what DeepSpeed's pipelines cannot do, or do wrongly (docs/parallelism.md)."""
+    from deepspeed.pipe import PipelineModule
+    from deepspeed.runtime.config import get_gradient_clipping
+
+    degree = mesh.size("pipe")
+    if not isinstance(model, PipelineModule):
+        if degree > 1:
+            raise UsageError(
+                f"pipe={degree} needs a model that is a deepspeed.pipe.PipelineModule over pipeline.topology(mesh)"
+            )
+        return
+    expected = {"pipe": degree, "data": mesh.group("data", "sequence").size(), "model": mesh.size("tensor")}
+    given = {axis: model.topology().get_dim(axis) for axis in model.topology().get_axis_names()}
+    if given != expected:
+        raise UsageError(
+            f"the pipeline's topology {given} is not this mesh's {expected} (its data axis is data x sequence); make it with "
+            "megatron_dsp.pipeline.topology(mesh)"
+        )
+    stage = settings.deepspeed.get("zero_optimization", {}).get("stage", 0)
+    if stage > 1:
+        raise UsageError(
+            f"zero_optimization.stage={stage} with a pipeline: DeepSpeed has no gradient shards there; use stage 0 or 1"
+        )
+    clipping = get_gradient_clipping(settings.deepspeed)  # where it is not given, DeepSpeed has a default above 0
+    if stage == 0 and degree > 1 and clipping > 0:
+        raise UsageError(
+            f"gradient_clipping={clipping} with a pipeline in ZeRO stage 0: DeepSpeed leaves the later stages out of the norm; "
+            'give "gradient_clipping": 0, or use stage 1'
+        )
+    for key in ("pipe_partitioned", "grad_partitioned"):
+        if settings.deepspeed.get("pipeline", {}).get(key):
+            raise UsageError(f"pipeline.{key}=true sends no gradients of side inputs; remove it")
 
 
 def _report_true_batch_sizes(engine: Any, data: int) -> None:
@@ -107,9 +145,14 @@ def _report_true_batch_sizes(engine: Any, data: int) -> None:
         engine._config.train_batch_size = train_batch_size
         engine._config.gradient_accumulation_steps = train_batch_size // (micro * data)
         engine.tput_timer.batch_size = train_batch_size
+        if hasattr(engine, "micro_batches"):  # of a pipeline
+            engine.micro_batches = engine.gradient_accumulation_steps()
+            engine.batch_timer.batch_size = train_batch_size
 
     def set_train_micro_batch_size(engine: Any, micro_batch_size: int) -> None:
         engine._config.train_micro_batch_size_per_gpu = micro_batch_size
+        if hasattr(engine, "micro_batch_size"):
+            engine.micro_batch_size = micro_batch_size
         set_train_batch_size(engine, micro_batch_size * engine.gradient_accumulation_steps() * data)
 
     engine.set_train_batch_size = MethodType(set_train_batch_size, engine)

@@ -22,6 +22,8 @@ from megatron_dsp.training import checkpointing
 from megatron_dsp.training.checkpointing import Progress
 from megatron_dsp.training.log import TrainingLog
 
+MicroBatch = tuple[tuple[Tensor, ...], tuple[Tensor, ...]]
+
 
 class Workload(Protocol):
     """What the loop must know of a model and its data.
@@ -35,6 +37,9 @@ class Workload(Protocol):
 
     def validation_loss(self, model: nn.Module, samples: list[int]) -> Tensor:
         """The loss of validation samples."""
+
+    def micro_batch(self, samples: list[int], validation: bool) -> MicroBatch:
+        """The same samples for a pipeline, whose model has the loss: its inputs, and the labels."""
 
 
 def train(engine: Any, workload: Workload, mesh: Mesh, arguments: argparse.Namespace, log: TrainingLog) -> Progress:
@@ -59,11 +64,7 @@ def train(engine: Any, workload: Workload, mesh: Mesh, arguments: argparse.Names
             engine.train()
             learning_rate = engine.get_lr()[0]
             with ledger() as moved:
-                for samples in _micro_batches(engine, mesh, progress.consumed_samples):
-                    loss = workload.loss(engine, samples)
-                    engine.backward(loss)
-                    engine.step()
-                    interval_loss += loss.detach() / engine.gradient_accumulation_steps()
+                interval_loss += _train_step(engine, workload, mesh, progress)
             switched += sum(row.bytes for row in moved.rows if row.operation.startswith("switch"))
             progress.iteration += 1
             progress.consumed_samples += engine.train_batch_size()
@@ -108,6 +109,21 @@ def train(engine: Any, workload: Workload, mesh: Mesh, arguments: argparse.Names
     return progress
 
 
+def _train_step(engine: Any, workload: Workload, mesh: Mesh, progress: Progress) -> Tensor:
+    """One optimizer step; the mean loss of its micro-batches."""
+    samples = _micro_batches(engine, mesh, progress.consumed_samples)
+    if mesh.size("pipe") > 1:
+        # Only the first and the last stage take from it.
+        return engine.train_batch(workload.micro_batch(positions, validation=False) for positions in samples)
+    total = torch.zeros((), device=mesh.device)
+    for positions in samples:
+        loss = workload.loss(engine, positions)
+        engine.backward(loss)
+        engine.step()
+        total += loss.detach() / engine.gradient_accumulation_steps()
+    return total
+
+
 def _micro_batches(engine: Any, mesh: Mesh, start: int) -> Iterator[list[int]]:
     """This data rank's sample positions in each micro-batch of the global batch that begins at ``start``."""
     micro, data, rank = engine.train_micro_batch_size_per_gpu(), mesh.size("data"), mesh.rank("data")
@@ -122,7 +138,13 @@ def _validate(engine: Any, workload: Workload, mesh: Mesh, batches: int, progres
     total, count = torch.zeros((), device=mesh.device), 0
     with torch.no_grad():
         for batch in range(batches):
-            for samples in _micro_batches(engine, mesh, batch * engine.train_batch_size()):
+            positions = _micro_batches(engine, mesh, batch * engine.train_batch_size())
+            if mesh.size("pipe") > 1:
+                pairs = (workload.micro_batch(samples, validation=True) for samples in positions)
+                total += engine.eval_batch(pairs).sum()  # of one element; its shape differs from stage to stage
+                count += 1
+                continue
+            for samples in positions:
                 total += workload.validation_loss(engine, samples)
                 count += 1
     value = _average(total / count, mesh)

@@ -1,4 +1,4 @@
-"""AdamW and its learning rate."""
+"""AdamW and its learning rate, and whose kernels train a model."""
 
 from __future__ import annotations
 
@@ -10,10 +10,17 @@ import torch
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
+from megatron_dsp.models import norms
+
 
 def has_apex_multi_tensor() -> bool:
     """Whether NVIDIA apex with its CUDA extensions is installed. PyPI's ``apex`` is an unrelated package without them."""
     return importlib.util.find_spec("amp_C") is not None
+
+
+def apex_extensions() -> dict[str, bool]:
+    """NVIDIA apex's CUDA extensions that are used where they are installed, and whether they are."""
+    return {"fused_layer_norm_cuda": norms.HAS_APEX, "amp_C": has_apex_multi_tensor()}
 
 
 def adamw(
@@ -31,6 +38,16 @@ def adamw(
 
         return FusedAdam(parameters, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, adam_w_mode=True)
     return torch.optim.AdamW(parameters, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, fused=device.type == "cuda")
+
+
+def kernels(optimizer: torch.optim.Optimizer, device: torch.device) -> str:
+    """For the log: whose norms and optimizer train a model on ``device``, and what NVIDIA apex's would need."""
+    norms_of = "apex" if device.type == "cuda" and norms.HAS_APEX else "torch"
+    chosen = f"norms of {norms_of}, {type(optimizer).__name__} of {type(optimizer).__module__.partition('.')[0]}"
+    if device.type != "cuda":
+        return f"{chosen}: NVIDIA apex's are for GPUs"
+    missing = " and ".join(extension for extension, found in apex_extensions().items() if not found)
+    return f"{chosen}: NVIDIA apex's need its CUDA extensions, {missing} not found" if missing else chosen
 
 
 def warmup_cosine(optimizer: torch.optim.Optimizer, *, lr: float, min_lr: float, warmup: int, total: int) -> LambdaLR:

@@ -1,4 +1,4 @@
-"""Transports that show what code in chunks relies on, and mutations of that code. Used by test_overlap.py."""
+"""Transports that show what code in chunks relies on, and mutations of that code. Used by test_overlap_mutations.py."""
 
 from __future__ import annotations
 

@@ -57,6 +57,23 @@ def test_switches_through_mpi_give_the_same_losses(small, alone, tmp_path):
     assert jobs.losses(output) == pytest.approx(alone, rel=1e-6)
 
 
+@pytest.mark.parametrize(
+    "degrees",
+    [
+        ["--tensor-model-parallel-size", 2, "--dynamic-sequence-parallel-size", 2],
+        ["--pipeline-model-parallel-size", 2, "--dynamic-sequence-parallel-size", 2, "--recompute-granularity", "full"],
+    ],
+    ids=["tensor", "pipe"],
+)
+def test_all_axes_give_the_same_losses(small, alone, degrees):
+    arguments = [*small, "--train-iters", 20, "--micro-batch-size", 2, "--eval-iters", 1, *degrees]
+    status, output = jobs.run("torchrun", 4, SCRIPT, *arguments)
+    assert status == 0, output
+    assert jobs.losses(output) == pytest.approx(alone, rel=1e-5)
+    assert "validation loss at iteration 20" in output
+    assert jobs.value(output, "global batch size")[0] == "4"
+
+
 @pytest.mark.parametrize("backend", ["ulysses", "ring"])
 def test_other_backends_give_the_same_losses(small, tmp_path, backend):
     """On the same clips as DSP; over four frames, since Ring takes even shards alone."""
@@ -158,11 +175,16 @@ def _bad(tmp_path: Path) -> dict[str, tuple[list[object], str]]:
         "text as video": (["--data-path", tmp_path / "text", "--bad-files", "refuse"], "notes.mp4 is not a readable video"),
         "nothing to resume": (["--load", tmp_path / "empty"], "no checkpoint there"),
         "flag": (["--train-iterations", 3], "unrecognized arguments: --train-iterations"),
-        "tensor degree": (["--tensor-model-parallel-size", 2], "no tensor or pipeline parallel layers yet"),
+        "exposed in a pipeline": (
+            ["--pipeline-model-parallel-size", 2, "--exposed-communication-interval", 5],
+            "--exposed-communication-interval needs whole passes",
+        ),
     }
 
 
-@pytest.mark.parametrize("name", ["degrees", "section key", "missing data", "text as video", "nothing to resume", "flag"])
+@pytest.mark.parametrize(
+    "name", ["degrees", "section key", "missing data", "text as video", "nothing to resume", "flag", "exposed in a pipeline"]
+)
 def test_wrong_input_is_answered_with_one_line(small, tmp_path, name):
     arguments, sign = _bad(tmp_path)[name]
     status, output = jobs.run("torchrun", 2, SCRIPT, *small, "--micro-batch-size", 2, *arguments)
@@ -173,9 +195,8 @@ def test_wrong_input_is_answered_with_one_line(small, tmp_path, name):
     assert "failed:\nTraceback" not in output
 
 
-@pytest.mark.parametrize("name", ["empty data", "tensor degree"])
-def test_wrong_input_alone(small, tmp_path, name):
-    arguments, sign = _bad(tmp_path)[name]
+def test_wrong_input_alone(small, tmp_path):
+    arguments, sign = _bad(tmp_path)["empty data"]
     status, output = jobs.run("alone", 1, SCRIPT, *small, "--micro-batch-size", 4, *arguments)
     assert status == 1
     assert len([line for line in output.splitlines() if "error:" in line and sign in line]) == 1

@@ -44,6 +44,7 @@ from megatron_dsp.reshard.exchange import Exchange, exchange_of
 from megatron_dsp.reshard.legs import Landing, Leg
 from megatron_dsp.reshard.moves import Move
 from megatron_dsp.reshard.side_stream import SideStream
+from megatron_dsp.tensor import TensorParallel
 
 MISSING = missing(1)
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(MISSING is not None, reason=MISSING or "")]
@@ -436,7 +437,7 @@ def test_attention_takes_strided_views(over, record_property):
     capability = torch.cuda.get_device_capability()
     if capability < (8, 0):
         pytest.skip(f"needs compute capability 8.0 for fused attention in bf16: this card has {capability[0]}.{capability[1]}")
-    module = SelfAttention(256, 4, over, qk_norm=True).to(DEVICE, torch.bfloat16)
+    module = SelfAttention(256, 4, over, qk_norm=True, tensor=TensorParallel()).to(DEVICE, torch.bfloat16)
     x = torch.randn(16, 2, 64, 256, device=DEVICE, dtype=torch.bfloat16)
     rotations = time_rotations(16, 64, like=x) if over == "time" else None
     with torch.no_grad():

