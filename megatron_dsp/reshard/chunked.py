@@ -46,8 +46,8 @@ def run(region: Region, stages: Sequence[Stage], x: Tensor, schedule: Schedule) 
         if last:
             break
         if ways[0].target is ways[-1].target:
-            whole = region.complete(legs.end(ways, done))
-            arriving = iter(_pieces(whole, cuts[index + 1], region.layout, exchange.rank))
+            # Nothing else names the whole, which would live on after its chunks.
+            arriving = iter(_pieces(region.complete(legs.end(ways, done)), cuts[index + 1], region.layout, exchange.rank))
         else:
             # Each is waited for just before it is computed on.
             arriving = (region.complete(legs.end([way], [token])) for way, token in zip(ways, done, strict=True))

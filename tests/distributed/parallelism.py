@@ -161,8 +161,11 @@ def _reference(name: str, clip: float) -> tuple[list[float], list[float], dict[s
     return losses, norms, {name: parameter.detach() for name, parameter in _named(model).items()}
 
 
-def ds_config(cell: Cell) -> dict[str, Any]:
+def ds_config(cell: Cell, optimizer: str) -> dict[str, Any]:
+    """SGD comes from the client, AdamW from the config."""
+    params = {"lr": LR[optimizer], "weight_decay": 0.01, "torch_adam": True}
     return {
+        **({"optimizer": {"type": optimizer, "params": params}} if optimizer == "AdamW" else {}),
         "train_batch_size": BATCH,
         "train_micro_batch_size_per_gpu": MICRO,
         "gradient_clipping": cell.clip,
@@ -179,7 +182,7 @@ def _run(cell: Cell, name: str, reference: tuple[list[float], list[float], dict[
     import deepspeed
 
     warnings.filterwarnings("ignore", category=FutureWarning)  # DeepSpeed calls collectives by their old names
-    config = ds_config(cell)
+    config = ds_config(cell, name)
     mesh = dsp.initialize(config)
     group = mesh.group("sequence")
     torch.manual_seed(0)
@@ -194,7 +197,8 @@ def _run(cell: Cell, name: str, reference: tuple[list[float], list[float], dict[
     else:
         model = VideoDiT(CONFIG, tensor=tensor, recompute=cell.checkpointing)
     _prepare(model)
-    engine, *_ = dsp.deepspeed_initialize(model=model, optimizer=_optimizer(name, model), config=config, mesh=mesh)
+    optimizer = None if "optimizer" in config else _optimizer(name, model)
+    engine, *_ = dsp.deepspeed_initialize(model=model, optimizer=optimizer, config=config, mesh=mesh)
     frames = slice(*dsp.shard_range(T, cell.sequence, group.rank()))
     losses, norms = [], []
     for step in range(STEPS):

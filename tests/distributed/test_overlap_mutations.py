@@ -295,8 +295,8 @@ MUTATIONS = {
     ),
     "all slices are ended before the first computes": Mutation(
         chunked,
-        "arriving = (legs.end([way], [token]) for way, token in zip(ways, done, strict=True))",
-        "arriving = [legs.end([way], [token]) for way, token in zip(ways, done, strict=True)]",
+        "arriving = (region.complete(legs.end([way], [token])) for way, token in zip(ways, done, strict=True))",
+        "arriving = [region.complete(legs.end([way], [token])) for way, token in zip(ways, done, strict=True)]",
         ("orders",),
         "Values are right, but slices are waited for long before they are needed.",
     ),
