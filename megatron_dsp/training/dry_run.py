@@ -229,17 +229,13 @@ class _Stage:
 @contextlib.contextmanager
 def _deepspeed_world() -> Iterator[None]:
     """DeepSpeed's communication on the world as it is, in silence; DeepSpeed forgets it afterwards."""
-    import deepspeed
     from deepspeed.comm import comm
-    from deepspeed.ops import __compatible_ops__ as compatible_ops
 
-    compatible_ops["deepspeed_shm_comm"] = False  # it would be compiled
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     os.environ.setdefault("LOCAL_RANK", "0")
     comm.cdb = None
     try:
         with contextlib.redirect_stdout(io.StringIO()):
-            deepspeed.init_distributed(dist_init_required=False, verbose=False)
             yield
     finally:
         comm.cdb = None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import itertools
 import math
+import time
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable
@@ -116,6 +117,7 @@ def _others(engine: Any) -> int:
         engine.loss = None
         for buffers in engine.pipe_buffers.values():
             buffers[:] = [None] * len(buffers)
+    time.sleep(0.2)  # Gloo's threads let go of the last collective's tensors after it has returned
     gc.collect()
     seen = [x for x in gc.get_objects() if issubclass(type(x), Tensor)]
     there = _storages([*seen, *(x.grad for x in seen if x.is_leaf)])
@@ -294,11 +296,11 @@ CELLS = [
     Cell(tensor=2, sequence=2, zero=2),
     Cell(pipe=2, sequence=2, zero=1),
     Cell(tensor=2, pipe=2, zero=0, sharded=True),
-    Cell(sequence=2, data=2, zero=3),
     Cell(sequence=2, data=2, zero=1, precision="bf16"),
     Cell(tensor=2, pipe=2, sequence=2, zero=1, recompute=True),
 ]
 LONG = [
+    Cell(sequence=2, data=2, zero=3),
     Cell(tensor=2, sequence=2, data=2, zero=3, persistent=0, ahead=0),
     Cell(sequence=4, data=2, zero=2, precision="bf16", recompute=True),
     Cell(sequence=2, data=2, zero=3, precision="bf16"),

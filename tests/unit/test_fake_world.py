@@ -171,8 +171,12 @@ def test_example_ds_configs_fit_gpus_of_80_gb(ranks):
     assert max(cost.total for cost in dry_run.dry_run(_example(ranks, PRESETS["3b"].layers))) < 70e9  # not all is counted
 
 
-def test_ring_formula():
-    costs = DeepSpeedCosts.of(configs.load({"zero_optimization": {"stage": 1}}))
-    assert costs.sent([100], ranks=4, micro_batches=3) == 2 * 3 * 400 // 4 + 3 * 104
-    assert costs.sent([100], ranks=1, micro_batches=3) == 0
-    assert DeepSpeedCosts.of(configs.load({})).kept([10, 20], 4, 1)[:3] == (120, 120, 240)
+def test_arithmetic_of_deepspeed():
+    whole, first, third = (DeepSpeedCosts.of(configs.load({"zero_optimization": {"stage": stage}})) for stage in (0, 1, 3))
+    assert whole.kept([10, 20], 4, 1) == (120, 120, 240, 0)
+    assert first.kept([100], 4, 1)[:3] == (416, 400, 3 * 104)  # 104 is a multiple of 2 x 4
+    assert first.sent([100], ranks=4, micro_batches=3) == 2 * 3 * 400 // 4 + 3 * 104
+    assert first.sent([100], ranks=1, micro_batches=3) == 0
+    # The small one is gathered after the step, the other once for forward and backward of each micro-batch.
+    assert third.kept([101, 200_000], 4, 2)[:3] == (4 * (50_026 + 200_101), 4 * 50_026, 12 * 50_026)
+    assert third.sent([101, 200_000], ranks=4, micro_batches=2) == 3 * 4 * (26 + 2 * 50_000 + 2 * 50_026)
