@@ -67,6 +67,7 @@ def test_all_primitives_in_one_graph(ranks, size):
 
 
 @pytest.mark.skipif(shutil.which("c++") is None and shutil.which("g++") is None, reason="inductor needs a C++ compiler")
+@pytest.mark.long  # a compiler of C++ takes its time
 def test_inductor(ranks):
     ranks(2, _mixer, "inductor")
 

@@ -164,7 +164,12 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+# With each stage in `make test`; the others beside the parallelism matrix, in `make test-long`.
+_SHORT = [CASES[index] for index in (1, 7, 8, 10, 11)]
+_LONG = [pytest.param(case, marks=pytest.mark.long) for case in CASES if case not in _SHORT]
+
+
+@pytest.mark.parametrize("case", [*_SHORT, *_LONG], ids=str)
 def test_training_equals_one_process(ranks, case):
     ranks(case.sequence * case.data, _train, case)
 

@@ -297,9 +297,9 @@ CELLS = [
     Cell(pipe=2, sequence=2, zero=1),
     Cell(tensor=2, pipe=2, zero=0, sharded=True),
     Cell(sequence=2, data=2, zero=1, precision="bf16"),
-    Cell(tensor=2, pipe=2, sequence=2, zero=1, recompute=True),
 ]
 LONG = [
+    Cell(tensor=2, pipe=2, sequence=2, zero=1, recompute=True),
     Cell(sequence=2, data=2, zero=3),
     Cell(tensor=2, sequence=2, data=2, zero=3, persistent=0, ahead=0),
     Cell(sequence=4, data=2, zero=2, precision="bf16", recompute=True),

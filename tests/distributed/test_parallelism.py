@@ -17,17 +17,18 @@ from megatron_dsp.pipeline import PipelinedVideoDiT
 from megatron_dsp.reshard import primitives
 from megatron_dsp.tensor import TensorParallel, mappings
 
-# Each value of each factor with each of the costly ones: tensor, pipe and sequence together.
 CELLS = [
     Cell(tensor=2, pipe=2, sequence=2, data=1, zero=1, checkpointing=True, overlap=True),
-    Cell(tensor=2, sequence=3, zero=3, overlap=True),
-    Cell(tensor=2, sequence=2, data=2, zero=2, checkpointing=True),
-    Cell(tensor=2, sequence=2, zero=1, sharded=True, overlap=True),
-    Cell(pipe=2, sequence=3, zero=0, overlap=True),
-    Cell(tensor=2, pipe=2, sequence=2, zero=0, sharded=True),
-    Cell(pipe=2, data=2, sequence=2, zero=1),
-    Cell(tensor=2, data=2, zero=0),
+    Cell(tensor=2, sequence=2, zero=3, overlap=True),
+    Cell(tensor=2, sequence=2, zero=2, sharded=True, checkpointing=True),
+    Cell(pipe=2, sequence=2, zero=0, overlap=True),
 ]
+MORE = [  # beyond the matrix: it has no --sequence-parallel
+    Cell(tensor=2, sequence=3, zero=1, sharded=True, overlap=True),
+    Cell(tensor=2, pipe=2, sequence=2, zero=0, sharded=True),
+    Cell(tensor=2, sequence=2, data=2, zero=3, sharded=True, checkpointing=True),
+]
+LONG = pytest.mark.long
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +36,7 @@ def references() -> dict[tuple[str, float], Any]:
     return parallelism.references()
 
 
-@pytest.mark.parametrize("cell", CELLS, ids=str)
+@pytest.mark.parametrize("cell", [*CELLS, *(pytest.param(cell, marks=LONG) for cell in MORE)], ids=str)
 def test_equals_one_process(ranks, references, cell):
     for error in ranks(cell.ranks, parallelism.run, cell, references):
         assert error < LIMIT
@@ -45,7 +46,7 @@ def test_equals_one_process(ranks, references, cell):
     "cell",
     [
         Cell(tensor=2, sequence=2, zero=1, precision="bf16", overlap=True),
-        Cell(tensor=2, sequence=2, zero=3, precision="bf16"),
+        pytest.param(Cell(tensor=2, sequence=2, zero=3, precision="bf16"), marks=LONG),
         Cell(pipe=2, sequence=2, zero=1, precision="bf16"),
         Cell(tensor=2, sequence=2, zero=2, precision="fp16"),
     ],
@@ -165,7 +166,7 @@ def _broken(name: str) -> Iterator[None]:
 
 def _run_broken(name: str, references: dict[tuple[str, float], Any]) -> float:
     with _broken(name):
-        return parallelism.run(MUTATIONS[name][3], references)
+        return parallelism.run_with("SGD", MUTATIONS[name][3], references)
 
 
 @pytest.mark.parametrize("name", MUTATIONS)

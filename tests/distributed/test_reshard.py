@@ -108,14 +108,14 @@ def _move(shape, gather, split, dtype, storage, seed, how):
 @given(movements())
 @example((2, [1, 2, 1], 0, 1, torch.float32, [2, 1, 0], 0, "all-to-all"))  # one element, contiguous with a stride that is not 1
 @example((2, [2, 1, 2], 0, 2, torch.bfloat16, [2, 1, 0], 0, 1))
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_every_movement_is_bitwise_the_slice_of_the_whole(ranks, movement):
     ranks(movement[0], _move, *movement[1:])
 
 
 @pytest.mark.long
 @given(movements())
-@settings(max_examples=500, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_many_movements_are_bitwise_the_slice_of_the_whole(ranks, movement):
     ranks(movement[0], _move, *movement[1:])
 
@@ -252,7 +252,7 @@ def _gradients(T: int, S: int, C: int, loss: str) -> tuple[float, float]:
 @example(2, 8, 12, "local shard")
 @example(4, 1, 6, "gathered")
 @example(4, 3, 2, "all-reduced")
-@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_averaged_gradients_equal_one_process(ranks, size, T, S, loss):
     for loss_error, gradient_error in ranks(size, _gradients, T, S, 3, loss):
         assert loss_error < 1e-14
