@@ -206,7 +206,7 @@ def show_dry_run(arguments: argparse.Namespace, sizes: VideoDiTConfig, config: C
         recompute=arguments.recompute_granularity == "full",
         partition=arguments.pipeline_partition_method,
     )
-    dry_run.show(job, dry_run.dry_run(job), Console())
+    dry_run.show(job, dry_run.dry_run(job), Console(width=max(Console().width, 110)))  # the tables' width
 
 
 def main() -> None:

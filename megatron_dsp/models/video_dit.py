@@ -324,7 +324,7 @@ class Way(NamedTuple):
         x, time, modulation, tokens, mask = activations
         frames, batch = time.shape[:2]
         # With sequence_dim the tensor ranks divide the tokens first: each group along the sequence axis knows its own alone.
-        space = space if self.tensor.sequence_dim is None else self.tensor.own(space, "spatial tokens")
+        space = space if self.tensor.sequence_dim is None else space // self.tensor.size
         layout = Layout(DIMS, (frames, batch, space, self.config.hidden), sharded=self.sharded(over_before))
         region = Region(layout, self.group, sharing=self.tensor.sharing(self.config.hidden))
         over_ranks = None

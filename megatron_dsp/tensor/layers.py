@@ -85,10 +85,18 @@ class TensorParallel:
         return x if self.sequence_dim is None else self.part(x)
 
     def shard(self, x: Tensor) -> Tensor:
-        """From an activation that all ranks hold to how it lies outside tensor-parallel parts. Errors: as `own`."""
+        """From an activation that all ranks hold to how it lies outside tensor-parallel parts.
+
+        Errors: UsageError where the shards of ``sequence_dim`` would not be equal.
+        """
         if self.group is None or self.sequence_dim is None:
             return x
-        self.own(x.shape[self.sequence_dim], f"the size of dim {self.sequence_dim} (with sequence_dim)")
+        size = x.shape[self.sequence_dim]
+        if size % self.size:
+            raise UsageError(
+                f"--sequence-parallel shards dim {self.sequence_dim} over the tensor ranks: its size {size} must be a multiple "
+                f"of the tensor degree {self.size}; choose other sizes or another degree, or leave the flag out"
+            )
         return scatter_to_tensor(x, dim=self.sequence_dim, group=self.group)
 
     def whole(self, x: Tensor) -> Tensor:

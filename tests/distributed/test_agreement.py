@@ -51,7 +51,7 @@ def _diverge(rank: int, divergence: str, at: int) -> tuple[str, float]:
         return str(error), time.monotonic() - start
 
 
-@pytest.mark.parametrize("at", [1, 2])
+@pytest.mark.parametrize("at", [1, pytest.param(2, marks=pytest.mark.long)])
 @pytest.mark.parametrize("rank", [0, 2])
 @pytest.mark.parametrize("divergence", ["skipped", "swapped", "wrong dim", "wrong size", "wrong dtype"])
 def test_a_divergence_is_named_on_every_rank(ranks, divergence, rank, at):

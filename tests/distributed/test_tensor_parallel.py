@@ -113,4 +113,4 @@ def test_uneven_heads_and_tokens_are_refused(ranks):
     for message in ranks(2, _uneven, "heads"):
         assert message == "heads=3 must be a multiple of the tensor degree 2; choose another degree"
     for message in ranks(2, _uneven, "tokens"):
-        assert "=3 must be a multiple of the tensor degree 2" in message
+        assert "its size 3 must be a multiple of the tensor degree 2" in message
