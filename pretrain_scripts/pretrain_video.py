@@ -16,7 +16,6 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from PIL import Image, ImageDraw
-from rich.console import Console
 from torch import Tensor, nn
 
 import megatron_dsp as dsp
@@ -28,7 +27,7 @@ from megatron_dsp.models.video_dit import PRESETS, VideoDiT, VideoDiTConfig, par
 from megatron_dsp.reshard.exchange import exchange_of
 from megatron_dsp.tensor import TensorParallel
 from megatron_dsp.training import arguments as flags
-from megatron_dsp.training import dry_run, rectified_flow
+from megatron_dsp.training import rectified_flow
 from megatron_dsp.training.log import TrainingLog
 from megatron_dsp.training.loop import MicroBatch, train
 from megatron_dsp.training.optimizer import adamw, kernels, warmup_cosine
@@ -195,6 +194,11 @@ def make_model(arguments: argparse.Namespace, sizes: VideoDiTConfig, mesh: dsp.M
 
 def show_dry_run(arguments: argparse.Namespace, sizes: VideoDiTConfig, config: Config) -> None:
     """Print what the job would take, for ``--dry-run``."""
+    # Rests on internals of torch, which no job should.
+    from rich.console import Console
+
+    from megatron_dsp.training import dry_run
+
     job = dry_run.Job(
         model=sizes,
         world_size=arguments.dry_run,
