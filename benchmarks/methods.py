@@ -283,7 +283,7 @@ class MegatronTensor(Method):
         return own_shard(weight, like=self.weights[name])
 
     def synchronise(self, name: str, gradient: Tensor) -> None:
-        pass  # the layers' own adjoints have done it
+        """Nothing: the layers' own adjoints have done it."""
 
     def gradient_group(self, mesh: dsp.Mesh) -> dist.ProcessGroup:
         return mesh.group("data")

@@ -108,7 +108,7 @@ def _move(shape, gather, split, dtype, storage, seed, how):
 @given(movements())
 @example((2, [1, 2, 1], 0, 1, torch.float32, [2, 1, 0], 0, "all-to-all"))  # one element, contiguous with a stride that is not 1
 @example((2, [2, 1, 2], 0, 2, torch.bfloat16, [2, 1, 0], 0, 1))
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_every_movement_is_bitwise_the_slice_of_the_whole(ranks, movement):
     ranks(movement[0], _move, *movement[1:])
 
