@@ -50,7 +50,7 @@ class Region:
     def __init__(self, layout: Layout, group: dist.ProcessGroup | None, *, sharing: Sharing | None = None):
         self.layout = layout
         self.group = group
-        self._sharing = sharing
+        self._sharing = sharing if group is not None and group.size() > 1 else None  # else there is no work to divide
         self._chunk: dict[str, tuple[int, int]] = {}  # of a dim, the global indices on which a stage runs now
 
     def run(self, stages: Sequence[Stage], x: Tensor, *, independent: str | None = None) -> Tensor:

@@ -95,6 +95,11 @@ def test_each_byte_of_a_switch_is_sent_once(ranks, sequence_dim, chunks):
         assert {moved[operation][1] for moved in shared} == {whole // 2}
 
 
+def test_with_one_sequence_rank_no_switch_is_completed(ranks):
+    for moved in ranks(2, _compare, 2, 1, 4, 4, None, False, "dsp", 1):
+        assert {operation.removesuffix(" adjoint") for operation in moved} == {"tensor all-reduce"}
+
+
 def _uneven(what: str) -> str:
     mesh = dsp.Mesh(tensor=2)
     if what == "heads":
