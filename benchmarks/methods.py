@@ -21,7 +21,8 @@ import megatron_dsp as dsp
 from megatron_dsp import launch
 from megatron_dsp.errors import UsageError
 from megatron_dsp.layout import Layout, shard_range
-from megatron_dsp.models.attention import OverRanks, SelfAttention, attention
+from megatron_dsp.models.attention import OverRanks, SelfAttention
+from megatron_dsp.models.attention_kernels import attention
 from megatron_dsp.models.embeddings import time_rotations
 from megatron_dsp.models.video_dit import DIMS, Block, VideoDiTConfig, attention_over_ranks
 from megatron_dsp.reshard import FixedOverlap, Region, Stage

@@ -11,29 +11,14 @@ from collections.abc import Callable
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from megatron_dsp.models.attention_kernels import attention
 from megatron_dsp.models.norms import EPSILON, rms_norm
 from megatron_dsp.tensor import TensorParallel
 
 # Does what a module's forward does (x and rotations are its arguments) where the dim that it attends over is sharded.
 OverRanks = Callable[["SelfAttention", Tensor, Tensor | None], Tensor]
-
-
-def attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Softmax attention of strided tensors; the only place that calls an attention kernel.
-
-    Args:
-        query: [batch, H, length, D].
-        key: [batch, H, key length, D].
-        value: like ``key``.
-        mask: bool, broadcastable to [batch, H, length, key length]; True = attend.
-
-    Returns:
-        Shaped like ``query``; CPU's flash kernel also gives it the memory order of ``query``.
-    """
-    return F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
 
 
 def rotate(x: Tensor, rotations: Tensor) -> Tensor:
@@ -141,7 +126,7 @@ class CrossAttention(nn.Module):
             query.flatten(0, 1).transpose(1, 2),
             _repeat(key, frames).transpose(1, 2),
             _repeat(value, frames).transpose(1, 2),
-            _repeat(mask, frames)[:, None, None, :],
+            _repeat(mask, frames),
         )
         return self.out(attended.transpose(1, 2).reshape(*query.shape).flatten(-2))
 
