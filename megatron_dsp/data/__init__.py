@@ -1,8 +1,27 @@
-"""Video clips for training: files to memory-mapped frames, windows over them, and batches that are pure functions."""
+"""Data for training: sources of samples, and batches of them that are pure functions of positions and frames."""
 
 from megatron_dsp.data.batches import VideoBatch, VideoBatches
+from megatron_dsp.data.clip_samples import ClipSamples
 from megatron_dsp.data.clips import Clips
-from megatron_dsp.data.frame_cache import DataError
+from megatron_dsp.data.dataset_samples import DatasetSamples
+from megatron_dsp.data.errors import DataError
+from megatron_dsp.data.latent_shards import LatentShards, holds_latents
+from megatron_dsp.data.samples import Samples, Shape, Subset, hold_out
 from megatron_dsp.data.videos import Video, open_videos
 
-__all__ = ["Clips", "DataError", "Video", "VideoBatch", "VideoBatches", "open_videos"]
+__all__ = [
+    "ClipSamples",
+    "Clips",
+    "DataError",
+    "DatasetSamples",
+    "LatentShards",
+    "Samples",
+    "Shape",
+    "Subset",
+    "Video",
+    "VideoBatch",
+    "VideoBatches",
+    "hold_out",
+    "holds_latents",
+    "open_videos",
+]

@@ -2,27 +2,28 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from functools import cached_property
 
 import torch
 
 from megatron_dsp.data import draws
-from megatron_dsp.data.clips import Clips
+from megatron_dsp.data.buckets import BucketOrder
+from megatron_dsp.data.samples import Samples, Shape
 
 
 @dataclass(frozen=True)
 class VideoBatch:
     """``B`` samples on one rank, which holds ``T_r`` of their ``T`` raw frames; only the first two are sharded.
 
-    A token frame is ``patch_time`` raw frames that the model makes one token of, so there are
-    ``T_tokens = ceil(T / patch_time)``. Conditioning is what a text encoder would give: ``L`` tokens of width ``D``.
+    A token frame is as many raw frames as the model makes one token of, so there are ``T_tokens = ceil(T / patch[0])``.
+    Conditioning is what a text encoder gives: ``L`` tokens of width ``D``.
     """
 
-    video: torch.Tensor  # float32 [T_r, B, 3, height, width], -1 .. 1
-    noise: torch.Tensor  # float32 [T_r, B, 3, height, width], standard normal
+    video: torch.Tensor  # float32 [T_r, B, C, height, width], pixels in -1 .. 1 or latents
+    noise: torch.Tensor  # float32 [T_r, B, C, height, width], standard normal
     timesteps: torch.Tensor  # float32 [T_tokens, B], in (0, 1), 1 being noise alone; 0 for clean frames
     conditioning: torch.Tensor  # float32 [B, L, D], 0 where the mask is False
     conditioning_mask: torch.Tensor  # bool [B, L], which tokens are there
@@ -37,78 +38,84 @@ class VideoBatch:
 class VideoBatches:
     """Makes the batch of any samples and any frames of them, whatever was made before and on whichever rank.
 
-    A sample is a position in the endless stream of samples: ``len(clips)`` positions are an epoch. ``seed`` fixes the
-    order of the clips and everything that is drawn. A sample loses its conditioning with ``drop_probability`` and
-    keeps some leading token frames clean with ``clean_frame_probability``.
-
-    There is no text with the clips. In its place stand ``conditioning_tokens`` tokens of ``conditioning_width``, which
-    tell a clip from all others: its file, its position in the file, and as many more tokens as the file has (a number
-    that differs between files, so that masks matter).
+    Samples are asked for by their positions in the endless stream that ``BucketOrder`` describes. So a run resumes at any
+    sample: what it needs to know is the position.
     """
 
-    clips: Clips
-    seed: int
-    patch_time: int
-    drop_probability: float
-    clean_frame_probability: float
-    conditioning_tokens: int
-    conditioning_width: int
+    samples: Samples
+    global_batch_size: int  # samples of one optimizer step, which are of one bucket
+    seed: int  # of the order of the samples and of everything that is drawn
+    patch: tuple[int, int, int]  # raw frames, rows and columns of a token
+    drop_probability: float  # how many samples lose their conditioning
+    clean_frame_probability: float  # how many samples keep some leading token frames clean
+    timestep_base_tokens: int | None = None  # as of draws.shifted, by the tokens of a sample
 
     def __post_init__(self) -> None:
-        if self.patch_time < 1:
-            raise ValueError(f"patch_time={self.patch_time} must be >= 1: so many raw frames make one token frame")
+        if len(self.patch) != 3 or min(self.patch) < 1:
+            raise ValueError(f"patch={self.patch} must be three numbers >= 1: frames, rows and columns of a token")
         for name in ("drop_probability", "clean_frame_probability"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be in 0 .. 1")
-        if self.conditioning_tokens < 2:
-            raise ValueError(
-                f"conditioning_tokens={self.conditioning_tokens} must be >= 2: one for the file, one for the place"
-            )
-        if self.conditioning_width < 2 or self.conditioning_width % 2:
-            raise ValueError(f"conditioning_width={self.conditioning_width} must be even: half sines, half cosines")
+        for name in ("global_batch_size", "timestep_base_tokens"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name}={value} must be >= 1")
 
-    def batch(self, samples: Sequence[int], frames: range) -> VideoBatch:
-        """The samples at these positions, with the raw frames ``frames`` of each (a part of ``0 .. clips.frames``)."""
+    @cached_property
+    def _order(self) -> BucketOrder:
+        shapes = map(self.samples.shape, range(len(self.samples)))
+        return BucketOrder(shapes, global_batch_size=self.global_batch_size, seed=self.seed)
+
+    def shape(self, positions: Sequence[int]) -> Shape:
+        """The one size of the samples at these positions.
+
+        Raises ``ValueError`` when they are of several buckets, which the positions of one global batch never are.
+        """
+        if not positions:
+            raise ValueError("a batch of no samples: give at least one sample position")
+        shapes = [self.samples.shape(self._order[position]) for position in positions]
+        for position, shape in zip(positions, shapes, strict=True):
+            if shape != shapes[0]:
+                raise ValueError(
+                    f"samples {positions[0]} and {position} have shapes {shapes[0]} and {shape}, which do not stack: take all "
+                    f"samples of a batch from one global batch, that of positions k * {self.global_batch_size} to "
+                    f"(k + 1) * {self.global_batch_size}"
+                )
+        return shapes[0]
+
+    def batch(self, positions: Sequence[int], frames: range) -> VideoBatch:
+        """The samples at these positions, with the raw frames ``frames`` of each: a part of ``0 .. shape(positions).frames``.
+
+        Only these frames are read; a rank that holds none gives an empty range.
+        """
         if frames.step != 1:
             raise ValueError(f"a rank holds consecutive frames, not {frames}: its step must be 1")
-        if not samples:
-            raise ValueError("a batch of no samples: give at least one sample position")
-        indices = [draws.sample_order(sample, len(self.clips), self.seed) for sample in samples]
-        pixels = torch.stack([self.clips.read(index, frames.start, frames.stop) for index in indices], dim=1)
-        video = pixels.float() / 127.5 - 1
-        noise = [draws.noise(self.seed, sample, frames, video.shape[2:]) for sample in samples]
-        drops = [draws.drop(self.seed, sample, self.drop_probability) for sample in samples]
-        conditioning, mask = zip(*(self._conditioning(index) for index in indices), strict=True)
+        shape = self.shape(positions)
+        video, conditioning, masks = [], [], []
+        for index in map(self._order.__getitem__, positions):
+            if frames:
+                video.append(self.samples.read(index, frames.start, frames.stop).float())
+            else:
+                video.append(torch.empty(0, *shape[1:]))
+            tokens, mask = self.samples.conditioning(index)
+            conditioning.append(tokens)
+            masks.append(mask)
         return VideoBatch(
-            video=video,
-            noise=torch.stack(noise, dim=1),
-            timesteps=torch.stack([self._timesteps(sample) for sample in samples], dim=1),
+            video=torch.stack(video, dim=1),
+            noise=torch.stack([draws.noise(self.seed, position, frames, shape[1:]) for position in positions], dim=1),
+            timesteps=torch.stack([self._timesteps(position, shape) for position in positions], dim=1),
             conditioning=torch.stack(conditioning),
-            conditioning_mask=torch.stack(mask),
-            conditioning_drop=torch.tensor(drops),
+            conditioning_mask=torch.stack(masks),
+            conditioning_drop=torch.tensor([draws.drop(self.seed, position, self.drop_probability) for position in positions]),
         )
 
-    def _timesteps(self, sample: int) -> torch.Tensor:
-        token_frames = math.ceil(self.clips.frames / self.patch_time)
-        clean = draws.conditioned_frames(self.seed, sample, token_frames, self.clean_frame_probability)
-        timesteps = torch.full((token_frames,), draws.timestep(self.seed, sample), dtype=torch.float32)
+    def _timesteps(self, position: int, shape: Shape) -> torch.Tensor:
+        token_frames, *grid = (
+            math.ceil(size / patch) for size, patch in zip((shape.frames, shape.height, shape.width), self.patch, strict=True)
+        )
+        clean = draws.conditioned_frames(self.seed, position, token_frames, self.clean_frame_probability)
+        tokens = token_frames * math.prod(grid)
+        timestep = draws.shifted(draws.timestep(self.seed, position), tokens, self.timestep_base_tokens)
+        timesteps = torch.full((token_frames,), timestep, dtype=torch.float32)
         timesteps[:clean] = 0
         return timesteps
-
-    def _conditioning(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """The conditioning tokens ``[L, D]`` of a clip and which of them are valid ``[L]``."""
-        window = self.clips.windows[index]
-        name = self.clips.videos[window.video].name
-        identity = int.from_bytes(hashlib.sha256(name.encode(errors="surrogateescape")).digest()[:8], "big")
-        valid = 2 + identity % (self.conditioning_tokens - 1)
-        mask = torch.arange(self.conditioning_tokens) < valid
-        tokens = draws.features(identity, (self.conditioning_tokens, self.conditioning_width))
-        tokens[1] = _sinusoid(window.start, self.conditioning_width)
-        return tokens * mask[:, None], mask
-
-
-def _sinusoid(position: int, width: int) -> torch.Tensor:
-    """The sinusoidal embedding of a frame's position, float32 ``[width]``, scaled to mean square 1 like other tokens."""
-    half = width // 2
-    angles = position * torch.exp(torch.arange(half, dtype=torch.float32) * (-math.log(10000) / half))
-    return math.sqrt(2) * torch.cat((angles.sin(), angles.cos()))

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import torch
 
-from megatron_dsp.data.frame_cache import DataError
+from megatron_dsp.data.errors import DataError
 from megatron_dsp.data.videos import Video
 
 logger = logging.getLogger(__name__)

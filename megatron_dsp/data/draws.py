@@ -11,7 +11,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from enum import IntEnum
-from functools import lru_cache
 
 import numpy as np
 import torch
@@ -26,6 +25,7 @@ class _Purpose(IntEnum):
     CONDITIONED_FRAMES = 3
     ORDER = 4
     FEATURES = 5
+    BATCHES = 6
 
 
 def _generator(purpose: _Purpose, seed: int, sample: int = 0, frame: int = 0) -> np.random.Generator:
@@ -79,17 +79,49 @@ def features(seed: int, shape: Sequence[int]) -> torch.Tensor:
     return torch.from_numpy(_generator(_Purpose.FEATURES, seed).standard_normal(shape, dtype=np.float32))
 
 
-def sample_order(position: int, size: int, seed: int) -> int:
-    """The index, of ``size`` clips, that the sample at ``position`` in the endless stream of samples takes.
+def shifted(timestep: float, tokens: int, base_tokens: int | None) -> float:
+    """A diffusion time, 1 being noise alone, moved towards noise for a sample of more tokens than ``base_tokens``.
 
-    Positions ``e * size`` to ``(e + 1) * size`` are epoch ``e``, which visits each clip once in an order of its own.
+    The more tokens show a thing, the more noise it takes to hide it: ``a t / (1 + (a - 1) t)`` with
+    ``a = sqrt(tokens / base_tokens)`` (Stable Diffusion 3, Esser et al., arXiv 2403.03206, section 5.3.2). With fewer
+    tokens it moves towards clean; with ``base_tokens`` None it stays.
     """
-    if position < 0 or size < 1:
-        raise ValueError(f"no sample at position={position} of size={size} clips: needs position >= 0 and size >= 1")
-    epoch, place = divmod(position, size)
-    return int(_permutation(epoch, size, seed)[place])
+    if base_tokens is None:
+        return timestep
+    if tokens < 1 or base_tokens < 1:
+        raise ValueError(f"tokens={tokens} and base_tokens={base_tokens} must be >= 1 to shift a timestep by their ratio")
+    scale = math.sqrt(tokens / base_tokens)
+    return scale * timestep / (1 + (scale - 1) * timestep)
 
 
-@lru_cache(maxsize=1)
-def _permutation(epoch: int, size: int, seed: int) -> np.ndarray:
-    return _generator(_Purpose.ORDER, seed, epoch).permutation(size)
+class SampleOrder:
+    """The endless stream of samples over ``size`` things: ``order[position]`` is the index of the one at a position.
+
+    Positions ``e * size`` to ``(e + 1) * size`` are epoch ``e``, which visits each thing once in an order of its own.
+    Other seeds have other orders, and so have other ``stream`` numbers.
+    """
+
+    def __init__(self, size: int, seed: int, stream: int = 0) -> None:
+        if size < 1:
+            raise ValueError(f"an order of size={size} samples has none to give: size must be >= 1")
+        self._size, self._seed, self._stream = size, seed, stream
+        # Only saves time: it is computed again for another epoch. A tuple, so that threads never see half of it.
+        self._last = (0, self._permutation(0))
+
+    def __getitem__(self, position: int) -> int:
+        if position < 0:
+            raise ValueError(f"no sample at position={position}: it must be >= 0")
+        epoch, place = divmod(position, self._size)
+        known, permutation = self._last
+        if known != epoch:
+            permutation = self._permutation(epoch)
+            self._last = (epoch, permutation)
+        return int(permutation[place])
+
+    def _permutation(self, epoch: int) -> np.ndarray:
+        return _generator(_Purpose.ORDER, self._seed, epoch, self._stream).permutation(self._size)
+
+
+def batch_order(batches: int, seed: int, round_number: int) -> np.ndarray:
+    """The order of a round's ``batches`` global batches, a permutation of their numbers: int64 ``[batches]``."""
+    return _generator(_Purpose.BATCHES, seed, round_number).permutation(batches)

@@ -19,12 +19,10 @@ import numpy as np
 from av.video.reformatter import Interpolation, VideoReformatter
 from numpy.lib.format import open_memmap, write_array_header_1_0
 
+from megatron_dsp.data.errors import DataError
+
 # Part of every cache file's name: count it up when the same video would be stored as other bytes.
 CACHE_VERSION = 1
-
-
-class DataError(ValueError):
-    """Data that cannot be used: the message names the file or folder, the rule and the fix, in one line."""
 
 
 def cached_frames(path: Path, *, height: int, width: int, cache: Path) -> np.memmap:

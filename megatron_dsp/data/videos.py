@@ -11,7 +11,8 @@ from typing import Literal
 import numpy as np
 from numpy.lib.format import open_memmap
 
-from megatron_dsp.data.frame_cache import DataError, cached_frames
+from megatron_dsp.data.errors import DataError
+from megatron_dsp.data.frame_cache import cached_frames
 
 logger = logging.getLogger(__name__)
 

@@ -1,5 +1,7 @@
 """Batches: pure functions of sample positions and frames, alike on all ranks where they must be."""
 
+import math
+import re
 from dataclasses import fields
 from itertools import pairwise
 
@@ -7,24 +9,30 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_dsp.data import Clips, Video, VideoBatches, draws
+from megatron_dsp import shard_range
+from megatron_dsp.data import Clips, ClipSamples, Shape, Video, VideoBatch, VideoBatches, draws
 
 WHOLE_CLIP = ("timesteps", "conditioning", "conditioning_mask", "conditioning_drop")
 
 
+VIDEOS = [
+    Video(name, np.random.default_rng(seed).integers(0, 256, (length, 4, 6, 3), dtype=np.uint8))
+    for seed, (name, length) in enumerate([("bigbuckbunny.mp4", 21), ("bikes.mp4", 14), ("other.mp4", 30)])
+]
+
+
+def clip_samples(videos=VIDEOS, frames=7, tokens=4, width=8):
+    return ClipSamples(Clips(videos, frames=frames), conditioning_tokens=tokens, conditioning_width=width)
+
+
 def make_batches(**arguments):
-    videos = [
-        Video(name, np.random.default_rng(seed).integers(0, 256, (length, 4, 6, 3), dtype=np.uint8))
-        for seed, (name, length) in enumerate([("bigbuckbunny.mp4", 21), ("bikes.mp4", 14), ("other.mp4", 30)])
-    ]
     defaults = {
-        "clips": Clips(videos, frames=7),
+        "samples": clip_samples(),
+        "global_batch_size": 4,
         "seed": 3,
-        "patch_time": 2,
+        "patch": (2, 2, 2),
         "drop_probability": 0.5,
         "clean_frame_probability": 0.5,
-        "conditioning_tokens": 4,
-        "conditioning_width": 8,
     }
     return VideoBatches(**(defaults | arguments))
 
@@ -50,7 +58,7 @@ def test_shapes_and_dtypes():
 def test_pixels_become_minus_one_to_one():
     frames = np.zeros((2, 1, 2, 3), dtype=np.uint8)
     frames[:, :, 1] = 255
-    batches = make_batches(clips=Clips([Video("black and white", frames)], frames=2))
+    batches = make_batches(samples=clip_samples([Video("black and white", frames)], frames=2))
     video = batches.batch([0], range(2)).video
     assert torch.equal(video[..., 0], torch.full((2, 1, 3, 1), -1.0))
     assert torch.equal(video[..., 1], torch.full((2, 1, 3, 1), 1.0))
@@ -88,9 +96,9 @@ def test_a_sample_does_not_depend_on_its_neighbours():
 
 def test_an_epoch_shows_every_clip_once_and_the_next_one_with_other_noise():
     batches = make_batches()
-    size = len(batches.clips)
+    size = len(batches.samples)
     epochs = [batches.batch(range(size * epoch, size * (epoch + 1)), range(7)) for epoch in range(2)]
-    clips = {tuple(batches.clips.read(index, 0, 7).flatten().tolist()) for index in range(size)}
+    clips = {tuple(batches.samples.clips.read(index, 0, 7).flatten().tolist()) for index in range(size)}
     for epoch in epochs:
         pixels = ((epoch.video + 1) * 127.5).round().to(torch.uint8)
         assert {tuple(pixels[:, column].flatten().tolist()) for column in range(size)} == clips
@@ -120,7 +128,7 @@ def test_clean_frames_are_whole_token_frames_with_timestep_zero():
 
 @pytest.mark.parametrize(("patch_time", "token_frames"), [(1, 7), (2, 4), (3, 3), (7, 1), (8, 1)])
 def test_token_frames_cover_the_clip(patch_time, token_frames):
-    assert make_batches(patch_time=patch_time).batch([0], range(7)).timesteps.shape == (token_frames, 1)
+    assert make_batches(patch=(patch_time, 1, 1)).batch([0], range(7)).timesteps.shape == (token_frames, 1)
 
 
 def test_drops_follow_their_probability():
@@ -132,10 +140,11 @@ def test_drops_follow_their_probability():
 
 
 def test_conditioning_tells_files_and_positions_apart():
-    batches = make_batches(conditioning_width=64)
-    size = len(batches.clips)
+    batches = make_batches(samples=clip_samples(width=64))
+    size = len(batches.samples)
     batch = batches.batch(range(size), range(1))
-    windows = [batches.clips.windows[draws.sample_order(sample, size, 3)] for sample in range(size)]
+    order = draws.SampleOrder(size, seed=3)
+    windows = [batches.samples.clips.windows[order[sample]] for sample in range(size)]
     assert len(batch.conditioning.flatten(1).unique(dim=0)) == size
     for row, window in enumerate(windows):
         for other_row, other in enumerate(windows):
@@ -150,7 +159,7 @@ def test_conditioning_tells_files_and_positions_apart():
 
 def test_masks_mark_the_valid_tokens_and_differ_between_files():
     batches = make_batches()
-    batch = batches.batch(range(len(batches.clips)), range(1))
+    batch = batches.batch(range(len(batches.samples)), range(1))
     counts = batch.conditioning_mask.sum(dim=1)
     assert counts.min() >= 2
     assert len(counts.unique()) > 1
@@ -160,17 +169,15 @@ def test_masks_mark_the_valid_tokens_and_differ_between_files():
 
 
 def test_conditioning_does_not_depend_on_which_other_files_there_are():
-    alone = make_batches(clips=Clips(make_batches().clips.videos[1:2], frames=7))
-    among = make_batches()
+    alone, among = clip_samples(VIDEOS[1:2]), clip_samples()
     index = among.clips.windows.index((1, 0))
-    sample = next(sample for sample in range(100) if draws.sample_order(sample, len(among.clips), 3) == index)
-    first = next(sample for sample in range(100) if draws.sample_order(sample, len(alone.clips), 3) == 0)
-    assert_equal(alone.batch([first], range(1)), among.batch([sample], range(1)), ["conditioning", "conditioning_mask"])
+    for part, other in zip(alone.conditioning(0), among.conditioning(index), strict=True):
+        assert torch.equal(part, other)
 
 
 def test_a_file_name_need_not_be_text():
     latin = Video(b"caf\xe9.mp4".decode(errors="surrogateescape"), np.zeros((7, 4, 6, 3), dtype=np.uint8))
-    assert make_batches(clips=Clips([latin], frames=7)).batch([0], range(7)).conditioning_mask.any()
+    assert make_batches(samples=clip_samples([latin])).batch([0], range(7)).conditioning_mask.any()
 
 
 def test_a_batch_moves_to_another_device():
@@ -181,16 +188,23 @@ def test_a_batch_moves_to_another_device():
 @pytest.mark.parametrize(
     ("argument", "value"),
     [
-        ("patch_time", 0),
+        ("patch", (0, 1, 1)),
+        ("patch", (1, 1)),
         ("drop_probability", 1.5),
         ("clean_frame_probability", -0.5),
-        ("conditioning_tokens", 1),
-        ("conditioning_width", 7),
+        ("global_batch_size", 0),
+        ("timestep_base_tokens", 0),
     ],
 )
 def test_arguments_are_checked(argument, value):
-    with pytest.raises(ValueError, match=f"{argument}={value} must be"):
+    with pytest.raises(ValueError, match=re.escape(f"{argument}={value} must be")):
         make_batches(**{argument: value})
+
+
+@pytest.mark.parametrize(("argument", "value"), [("tokens", 1), ("width", 7)])
+def test_arguments_of_clips_are_checked(argument, value):
+    with pytest.raises(ValueError, match=f"conditioning_{argument}={value} must be"):
+        clip_samples(**{argument: value})
 
 
 def test_frames_outside_the_clip_and_empty_batches_are_refused():
@@ -201,3 +215,112 @@ def test_frames_outside_the_clip_and_empty_batches_are_refused():
         batches.batch([0], range(0, 6, 2))
     with pytest.raises(ValueError, match="no samples"):
         batches.batch([], range(7))
+
+
+def test_values_do_not_change_between_releases():
+    # A run that is resumed with a newer release must see the same samples, noise and conditioning.
+    batch = make_batches().batch([20, 21], range(2, 4))
+    torch.testing.assert_close(batch.video[0, :, 0, 0, :2], torch.tensor([[0.1686275, 0.6392157], [0.6156863, 0.8666667]]))
+    torch.testing.assert_close(batch.noise[1, :, 2, 3, 4:], torch.tensor([[-0.7594761, -0.1800945], [-1.0107239, 0.9373128]]))
+    torch.testing.assert_close(batch.timesteps, torch.tensor([[0.0, 0.3108203]] + [[0.6898406, 0.3108203]] * 3))
+    torch.testing.assert_close(batch.conditioning[:, :2, 3], torch.tensor([[-2.2058103, 0.0197983], [-0.5944108, 0.0296963]]))
+
+
+class RandomSamples:
+    """Samples of any shapes, random; it notes which frames were read."""
+
+    conditioning_tokens, conditioning_width = 2, 3
+
+    def __init__(self, *shapes):
+        self.shapes, self.asked = [Shape(*shape) for shape in shapes], []
+
+    def __len__(self):
+        return len(self.shapes)
+
+    def shape(self, index):
+        return self.shapes[index]
+
+    def read(self, index, start, stop):
+        self.asked.append((index, start, stop))
+        generator = torch.Generator().manual_seed(index)
+        return torch.randn(self.shapes[index], generator=generator).bfloat16()[start:stop]
+
+    def conditioning(self, index):
+        return torch.full((2, 3), float(index)), torch.tensor([True, index % 2 == 0])
+
+
+MIXED = [(5, 4, 2, 4)] * 5 + [(1, 4, 3, 3)] * 6 + [(4, 4, 2, 2)]
+
+
+@pytest.mark.parametrize("ranks", range(1, 6))
+@pytest.mark.parametrize("patch_time", [1, 2, 3])
+def test_ranks_together_hold_the_whole_batch_of_any_bucket(ranks, patch_time):
+    batches = make_batches(samples=RandomSamples(*MIXED), patch=(patch_time, 1, 1))
+    seen = set()
+    for step in range(5):
+        positions = range(4 * step + 1, 4 * step + 4)
+        shape = batches.shape(positions)
+        seen.add(shape)
+        whole = batches.batch(positions, range(shape.frames))
+        assert whole.video.shape == whole.noise.shape == (shape.frames, 3, *shape[1:])
+        token_frames = math.ceil(shape.frames / patch_time)
+        parts = []
+        for rank in range(ranks):
+            start, stop = shard_range(token_frames, ranks, rank)
+            # As callers have it: behind the last frame, stop may even be less than start.
+            parts.append(batches.batch(positions, range(start * patch_time, min(stop * patch_time, shape.frames))))
+            assert_equal(parts[-1], whole, WHOLE_CLIP)
+        assert torch.equal(torch.cat([part.video for part in parts]), whole.video)
+        assert torch.equal(torch.cat([part.noise for part in parts]), whole.noise)
+        assert whole.timesteps.shape == (token_frames, 3)
+    assert len(seen) == 3
+
+
+def test_a_rank_without_frames_reads_nothing_and_knows_the_rest():
+    samples = RandomSamples((1, 4, 3, 5))
+    batches = make_batches(samples=samples)
+    part = batches.batch([0, 1], range(1, 1))
+    assert samples.asked == []
+    assert part.video.shape == part.noise.shape == (0, 2, 4, 3, 5)
+    assert_equal(part, batches.batch([0, 1], range(1)), WHOLE_CLIP)
+    assert samples.asked == [(0, 0, 1)] * 2
+
+
+def test_samples_of_two_buckets_do_not_make_a_batch():
+    batches = make_batches(samples=RandomSamples(*MIXED))
+    shapes = [batches.shape([4 * step]) for step in range(5)]
+    step = next(step for step in range(4) if shapes[step] != shapes[step + 1])
+    positions = [4 * step + 3, 4 * step + 4]
+    with pytest.raises(ValueError, match=re.escape(f"have shapes {shapes[step]} and {shapes[step + 1]}, which do not")):
+        batches.batch(positions, range(1))
+    with pytest.raises(ValueError, match="no samples"):
+        batches.shape([])
+
+
+def test_a_run_resumes_at_any_sample():
+    def stream(start, stop):
+        batches = make_batches(samples=RandomSamples(*MIXED))
+        return [batches.batch([position], range(1)) for position in range(start, stop)]
+
+    names = [field.name for field in fields(VideoBatch)]
+    uninterrupted = stream(0, 50)
+    for start in (7, 24, 33):
+        for batch, other in zip(stream(start, 50), uninterrupted[start:], strict=True):
+            assert_equal(batch, other, names)
+
+
+def test_timesteps_are_shifted_by_the_tokens_of_the_bucket():
+    settings = {"samples": RandomSamples(*MIXED), "patch": (2, 2, 2), "clean_frame_probability": 1.0}
+    plain, other = (make_batches(**settings, timestep_base_tokens=base) for base in (None, 6))
+    expected = {5: 3 * 1 * 2, 1: 1 * 2 * 2, 4: 2 * 1 * 1}  # tokens by frames
+    for position in range(40):
+        frames = plain.shape([position]).frames
+        before, after = (batches.batch([position], range(0)).timesteps for batches in (plain, other))
+        assert torch.equal(after == 0, before == 0), "clean frames stay clean"
+        timestep = draws.shifted(draws.timestep(3, position), expected[frames], 6)
+        assert torch.equal(after[after > 0], torch.full_like(after[after > 0], timestep))
+        if frames == 5:
+            assert torch.equal(after, before)
+        else:
+            assert (after <= before).all()
+            assert not torch.equal(after, before)

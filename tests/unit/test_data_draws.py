@@ -62,6 +62,18 @@ def test_timesteps_are_logit_normal():
     assert abs((logits < 1).float().mean() - 0.841) < 0.03
 
 
+def test_a_timestep_is_shifted_as_if_the_smaller_sample_had_as_much_noise():
+    # Stable Diffusion 3 derives the shift from this: n tokens that are all alike hide their value, at time t, by the
+    # standard deviation t / (1 - t) / sqrt(n), and that is to be the same for both sizes.
+    for timestep in (0.1, 0.5, 0.97):
+        for tokens, base in ((256, 64), (64, 256), (300, 7)):
+            shifted = draws.shifted(timestep, tokens, base)
+            left, right = (t / (1 - t) / math.sqrt(n) for t, n in ((shifted, tokens), (timestep, base)))
+            assert left == pytest.approx(right)
+        assert draws.shifted(timestep, 64, 64) == draws.shifted(timestep, 64, None) == timestep
+    assert (draws.shifted(0.0, 9, 1), draws.shifted(1.0, 9, 1)) == (0, 1)
+
+
 def test_drops_come_as_often_as_asked():
     assert not any(draws.drop(0, sample, 0.0) for sample in range(100))
     assert all(draws.drop(0, sample, 1.0) for sample in range(100))
@@ -87,16 +99,18 @@ def test_purposes_have_streams_of_their_own():
 
 @given(size=st.integers(1, 40), epoch=st.integers(0, 1000), seed=st.integers(0, 2**64 - 1))
 def test_each_epoch_visits_each_clip_once(size, epoch, seed):
-    order = [draws.sample_order(epoch * size + place, size, seed) for place in range(size)]
-    assert sorted(order) == list(range(size))
+    order = draws.SampleOrder(size, seed)
+    assert sorted(order[epoch * size + place] for place in range(size)) == list(range(size))
 
 
-def test_orders_differ_over_epochs_and_seeds_and_depend_on_nothing_else():
-    def order(epoch, seed):
-        return tuple(draws.sample_order(epoch * 20 + place, 20, seed) for place in range(20))
+def test_orders_differ_over_epochs_seeds_and_streams_and_depend_on_nothing_else():
+    streams = {(seed, stream): draws.SampleOrder(20, seed, stream) for seed in range(3) for stream in range(2)}
 
-    orders = {(epoch, seed): order(epoch, seed) for epoch in range(3) for seed in range(3)}
-    assert len(set(orders.values())) == 9
+    def order(epoch, seed, stream):
+        return tuple(streams[seed, stream][epoch * 20 + place] for place in range(20))
+
+    orders = {(epoch, *key): order(epoch, *key) for epoch in range(3) for key in streams}
+    assert len(set(orders.values())) == 18
     assert tuple(range(20)) not in orders.values()
     assert all(order(*key) == expected for key, expected in reversed(orders.items()))
 
@@ -105,7 +119,9 @@ def test_values_do_not_change_between_releases():
     # A run that is resumed with a newer release must see the same samples and noise.
     torch.testing.assert_close(draws.noise(7, 3, range(2, 3), (3,)), torch.tensor([[-0.5464225, 0.7970281, 0.3362361]]))
     assert draws.timestep(7, 3) == pytest.approx(0.4087596301542337)
-    assert [draws.sample_order(position, 5, 7) for position in range(5, 10)] == [4, 0, 2, 3, 1]
+    assert [draws.SampleOrder(5, 7)[position] for position in range(5, 10)] == [4, 0, 2, 3, 1]
+    assert [draws.SampleOrder(5, 7, stream=1)[position] for position in range(5, 10)] == [1, 0, 3, 4, 2]
+    assert draws.batch_order(5, 7, 1).tolist() == [1, 4, 0, 2, 3]
 
 
 @pytest.mark.parametrize(
@@ -116,8 +132,10 @@ def test_values_do_not_change_between_releases():
         (lambda: draws.noise(0, 0, range(-1, 1), (2,)), "frame=-1"),
         (lambda: draws.drop(0, 0, 1.5), "probability=1.5"),
         (lambda: draws.conditioned_frames(0, 0, 4, -0.1), "probability=-0.1"),
-        (lambda: draws.sample_order(-1, 4, 0), "position=-1"),
-        (lambda: draws.sample_order(0, 0, 0), "size=0"),
+        (lambda: draws.SampleOrder(4, 0)[-1], "position=-1"),
+        (lambda: draws.SampleOrder(0, 0), "size=0"),
+        (lambda: draws.shifted(0.5, 0, 1), "tokens=0"),
+        (lambda: draws.shifted(0.5, 1, 0), "base_tokens=0"),
     ],
 )
 def test_arguments_are_checked(call, message):
