@@ -63,7 +63,7 @@ def forward_sharded(model: Factorised, x: Tensor) -> Tensor:
 
 
 def average(gradients: Tensor, mesh: dsp.Mesh) -> None:
-    """The one gradient rule: an average over data x sequence. DDP, FSDP2 and DeepSpeed with ``mesh.mpu`` do the same."""
+    """The one gradient rule: an average over data x sequence. DDP, FSDP2 and ``dsp.deepspeed_initialize`` do the same."""
     group = mesh.group("data", "sequence")
     dist.all_reduce(gradients, group=group)
     gradients /= group.size()

@@ -11,7 +11,7 @@ import socket
 import weakref
 from collections.abc import Mapping
 from functools import cached_property
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
@@ -161,7 +161,8 @@ class Mesh:
     def mpu(self) -> DeepSpeedView:
         """What DeepSpeed may know of this mesh: to it, the data axis is data x sequence.
 
-        Not for a pipeline (DeepSpeed wants None there), nor for samplers (see ``dsp.sampler``).
+        Not for a pipeline (DeepSpeed wants None there), nor for samplers (see ``dsp.sampler``). With sequence > 1 an engine
+        comes from ``dsp.deepspeed_initialize``: plain ``deepspeed.initialize(mpu=mesh.mpu)`` raises UsageError.
         """
         return DeepSpeedView(self)
 
@@ -197,10 +198,24 @@ class DeepSpeedView:
     """A Megatron-style ``mpu`` whose data-parallel group is data x sequence, so that every ZeRO stage averages gradients
     over both. It must not have any ``get_sequence_*`` or ``initialize_sequence_parallel``: with those DeepSpeed sums over
     the sequence group, or does not reduce there at all, depending on the stage (docs/contracts.md).
+
+    An engine counts the sequence axis as data in batch sizes too. ``true_batch_sizes`` says that the caller corrects that, as
+    ``dsp.deepspeed_initialize`` does; without it an engine is refused where the sequence axis has more than one rank.
     """
 
-    def __init__(self, mesh: Mesh):
+    def __init__(self, mesh: Mesh, *, true_batch_sizes: bool = False):
         self._mesh = mesh
+        self._true_batch_sizes = true_batch_sizes
+
+    def __getattr__(self, name: str) -> NoReturn:
+        # Each new engine asks this of its mpu, with hasattr, before it communicates (deepspeed/utils/groups.py). That lets
+        # no other error than AttributeError pass for "no".
+        if name == "initialize_sequence_parallel" and not self._true_batch_sizes and self._mesh.size("sequence") > 1:
+            raise UsageError(
+                f"deepspeed.initialize(mpu=mesh.mpu) with sequence={self._mesh.size('sequence')} would count the sequence axis "
+                "as data in batch sizes; call dsp.deepspeed_initialize(..., mesh=mesh) with the same arguments, without mpu="
+            )
+        raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
 
     def get_data_parallel_group(self) -> dist.ProcessGroup:
         return self._mesh.group("data", "sequence")

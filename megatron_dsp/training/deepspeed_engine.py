@@ -17,7 +17,7 @@ from torch.utils.data import Dataset
 from megatron_dsp import config as configs
 from megatron_dsp import launch
 from megatron_dsp.errors import UsageError
-from megatron_dsp.mesh import Mesh
+from megatron_dsp.mesh import DeepSpeedView, Mesh
 from megatron_dsp.training.sampler import sampler
 
 
@@ -71,7 +71,7 @@ def deepspeed_initialize(
         optimizer=optimizer,
         model_parameters=model_parameters,
         lr_scheduler=lr_scheduler,
-        mpu=None if pipelined else mesh.mpu,  # a pipeline brings its own
+        mpu=None if pipelined else DeepSpeedView(mesh, true_batch_sizes=True),  # a pipeline brings its own
         dist_init_required=False,
         config=ds_config,
     )

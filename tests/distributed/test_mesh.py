@@ -8,8 +8,8 @@ import torch.distributed as dist
 from torch import nn
 
 import megatron_dsp as dsp
+from megatron_dsp import launch
 from megatron_dsp.mesh import AXES
-from megatron_dsp.training import sampler as samplers
 
 GROUPS = [("pipe",), ("data",), ("sequence",), ("tensor",), ("data", "sequence"), ("pipe", "tensor")]
 # world size, degrees given, {axis: degree}
@@ -157,7 +157,7 @@ def _draws(given: dict[str, int], seed: int) -> tuple[tuple[int, ...], list[floa
     mesh = dsp.Mesh(**given)
     draws = []
     for _ in range(2):
-        samplers.seed(mesh, seed)
+        dsp.seed(mesh, seed)
         draws.append(torch.cat([torch.rand(4), nn.Dropout(0.5)(torch.ones(64))]).tolist())
     return tuple(mesh.rank(axis) for axis in ("pipe", "data", "sequence")), *draws
 
@@ -170,3 +170,38 @@ def test_noise_is_equal_where_ranks_hold_copies(ranks, given):
         for other, draws, _ in results:
             assert (draws == first) == (other == one)
     assert ranks(4, _draws, given, 1235)[0][1] != results[0][1]
+
+
+def _plain_engine(zero: int, sequence: int) -> int:
+    import deepspeed
+
+    mesh = dsp.Mesh(sequence=sequence)
+    model = nn.Linear(2, 2)
+    launch.start_deepspeed("cpu")
+    engine, *_ = deepspeed.initialize(
+        model=model,
+        optimizer=torch.optim.SGD(model.parameters(), lr=0.1),
+        config={
+            "train_micro_batch_size_per_gpu": 1,
+            "zero_optimization": {"stage": zero},
+            "zero_allow_untested_optimizer": True,
+            "zero_force_ds_cpu_optimizer": False,
+        },
+        mpu=mesh.mpu,
+    )
+    return engine.train_batch_size()
+
+
+def _refused_engine(zero: int) -> None:
+    with pytest.raises(dsp.UsageError, match=r"sequence=2 would count .* call dsp.deepspeed_initialize\(\.\.\., mesh=mesh\)"):
+        _plain_engine(zero, sequence=2)
+    assert _sum_of_ranks(dist.group.WORLD) == 1  # both came here, and no collective of the engine is left between them
+
+
+@pytest.mark.parametrize("zero", [0, 1, 2, 3])
+def test_an_engine_that_miscounts_batches_is_refused(ranks, zero):
+    ranks(2, _refused_engine, zero)
+
+
+def test_plain_deepspeed_takes_a_mesh_without_a_sequence_axis(ranks):
+    assert ranks(2, _plain_engine, 1, sequence=1) == [2, 2]
