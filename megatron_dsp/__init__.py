@@ -6,7 +6,8 @@ from megatron_dsp.layout import Layout, shard_range, shard_sizes
 from megatron_dsp.mesh import Mesh
 from megatron_dsp.reshard import Ledger, Region, Stage, gather, ledger, mean, mean_loss, split, switch
 from megatron_dsp.training.deepspeed_engine import deepspeed_initialize
-from megatron_dsp.training.sampler import sampler, seed
+from megatron_dsp.training.rng import random_along, repeat_random, seed
+from megatron_dsp.training.sampler import sampler
 
 __all__ = [
     "Layout",
@@ -21,6 +22,8 @@ __all__ = [
     "ledger",
     "mean",
     "mean_loss",
+    "random_along",
+    "repeat_random",
     "sampler",
     "seed",
     "shard_range",
