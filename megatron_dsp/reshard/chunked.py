@@ -36,7 +36,7 @@ def run(region: Region, stages: Sequence[Stage], x: Tensor, schedule: Schedule) 
         for number, chunk in enumerate(arriving):
             with region.on_chunk(cut.dim, cut.chunks[number][exchange.rank]):
                 for stage in same:
-                    with named(stage.name):
+                    with named(f"stage {stage.name}"):
                         chunk = stage.compute(chunk)
             if last:
                 done.append(chunk)

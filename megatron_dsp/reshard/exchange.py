@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -19,6 +20,7 @@ from megatron_dsp.reshard.agreement import Agreement
 from megatron_dsp.reshard.moves import Move, as_bytes
 from megatron_dsp.reshard.packing import counts, pack, shard_shapes, unpack
 from megatron_dsp.reshard.side_stream import SideStream
+from megatron_dsp.reshard.switch_timer import SwitchTimer
 from megatron_dsp.reshard.trace import named
 from megatron_dsp.reshard.transports import End, TorchTransport, Transport
 
@@ -76,6 +78,7 @@ class Exchange:
         # While exposed communication is measured: what moves the switches to these kinds of stages instead (None: to all).
         self.removed: tuple[Transport, frozenset[str] | None] | None = None
         self.stream_priority = -1  # of the stream that packs and unpacks beside compute; -1: before it
+        self.timer: SwitchTimer | None = None  # while the time that switches take of compute's is measured
         self._side_streams: dict[torch.device, SideStream] = {}
         self.counts: dict[tuple[str, str], tuple[int, int]] = {}
 
@@ -127,9 +130,10 @@ class Exchange:
         transport = self.transport
         if self.removed is not None and (self.removed[1] is None or stage.split(" ")[0] in self.removed[1]):
             transport = self.removed[0]
+        begin = transport.begin
         if beside and moves[0].x.is_cuda:
-            return self._side_stream(moves[0].x.device).begin(transport, moves)
-        return transport.begin(moves)
+            begin = partial(self._side_stream(moves[0].x.device).begin, transport)
+        return begin(moves) if self.timer is None else self.timer.begin(begin, moves)
 
     def _side_stream(self, device: torch.device) -> SideStream:
         stream = self._side_streams.get(device)

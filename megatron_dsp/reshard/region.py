@@ -73,7 +73,7 @@ class Region:
                 return chunked.run(self, stages, x, schedule)
         for stage in stages:
             x = self.shard(x, stage.sharded, stage=stage.name)
-            with named(stage.name):
+            with named(f"stage {stage.name}"):
                 x = stage.compute(x)
         return x
 

@@ -44,6 +44,8 @@ _LEAST = {
     "lr_decay_iters": 1,
     "seed": 0,
     "dry_run": 1,
+    "stage_timers_interval": 0,
+    "peak_tflops_per_device": 0.001,
 }
 
 
@@ -61,8 +63,11 @@ class _Formatter(argparse.ArgumentDefaultsHelpFormatter):
         return super()._get_help_string(action)
 
 
-def parser(description: str) -> argparse.ArgumentParser:
-    """A parser with the flags that every training script has; a script adds its own. A wrong flag is a UsageError."""
+def parser(description: str, *, trains: bool = True) -> argparse.ArgumentParser:
+    """A parser with the flags that every script of this package has; a script adds its own. A wrong flag is a UsageError.
+
+    ``trains``: whether the script trains, and so has the flags of training too.
+    """
     arguments = _Parser(description=description, formatter_class=_Formatter, allow_abbrev=False)
     add = arguments.add_argument
     # The deepspeed launcher passes it; launch.py knows better.
@@ -70,19 +75,25 @@ def parser(description: str) -> argparse.ArgumentParser:
     # Scripts of DeepSpeed's tutorials are started with it; here DeepSpeed always runs.
     add("--deepspeed", action="store_true", help=argparse.SUPPRESS)
     add("--deepspeed_config", "--deepspeed-config", type=Path, help="the ds_config: ZeRO, precision, our own sections")
-
-    add(
-        "--dry-run",
-        type=int,
-        metavar="RANKS",
-        help="start nothing: print the memory of a rank and the bytes that it sends in a step, for a job of so many ranks",
-    )
+    add("--seed", type=int, default=1234)
 
     group = arguments.add_argument_group("degrees (data fills the world)")
     group.add_argument("--tensor-model-parallel-size", type=int)
     group.add_argument("--pipeline-model-parallel-size", type=int)
     group.add_argument("--dynamic-sequence-parallel-size", type=int)
+    if trains:
+        _add_training(arguments)
+    return arguments
 
+
+def _add_training(arguments: argparse.ArgumentParser) -> None:
+    arguments.add_argument(
+        "--dry-run",
+        type=int,
+        metavar="RANKS",
+        help="start nothing: print the memory of a rank and the bytes that it sends in a step, for a job of so many ranks",
+    )
+    group = arguments.add_argument_group("parallelism")
     group.add_argument(
         "--sequence-parallel",
         action="store_true",
@@ -114,7 +125,9 @@ def parser(description: str) -> argparse.ArgumentParser:
         type=float,
         help="largest global gradient norm; 0: no clipping (default: DeepSpeed's, which is 1.0 in 0.19)",
     )
-    group.add_argument("--seed", type=int, default=1234)
+    group.add_argument(
+        "--ema-decay", type=float, help="keep an exponential moving average of the weights, e.g. 0.9999 (default: none)"
+    )
 
     group = arguments.add_argument_group("checkpoints, validation, logging")
     group.add_argument("--save", type=Path, help="folder to save checkpoints in")
@@ -123,7 +136,18 @@ def parser(description: str) -> argparse.ArgumentParser:
     group.add_argument("--eval-interval", type=int, default=1000)
     group.add_argument("--eval-iters", type=int, default=1, help="global batches of a validation; 0: none")
     group.add_argument("--log-interval", type=int, default=10)
-    group.add_argument("--tensorboard-dir", type=Path)
+    group.add_argument("--tensorboard-dir", type=Path, help="folder for TensorBoard; other monitors: in the ds_config")
+    group.add_argument(
+        "--peak-tflops-per-device",
+        type=float,
+        help="dense TFLOP/s that a device can reach, for MFU (default: what is known of the GPU, for bf16 and fp16)",
+    )
+    group.add_argument(
+        "--stage-timers-interval",
+        type=int,
+        default=0,
+        help="iterations between those whose stages are timed, forward and backward, under torch's profiler; 0: none",
+    )
     group.add_argument(
         "--exposed-communication-interval",
         type=int,
@@ -134,7 +158,6 @@ def parser(description: str) -> argparse.ArgumentParser:
     group.add_argument("--profile-step-start", type=int, default=10, help="first iteration of the trace")
     group.add_argument("--profile-step-end", type=int, default=12, help="iteration before which it ends")
     group.add_argument("--profile-dir", type=Path, default=Path("profile"), help="folder of the traces, one file a rank")
-    return arguments
 
 
 def settings(arguments: argparse.Namespace) -> configs.Config:
@@ -144,26 +167,43 @@ def settings(arguments: argparse.Namespace) -> configs.Config:
     """
     raw: dict[str, Any] = configs.read(arguments.deepspeed_config) if arguments.deepspeed_config else {}
     for flag, path in _CONFIG_KEYS.items():
-        value = getattr(arguments, flag)
+        value = getattr(arguments, flag, None)  # a script that does not train has fewer flags
         if value is None or (flag in _OPTIMIZER_DEFAULTS and "optimizer" not in raw):
             continue
-        section = raw
-        for key in path[:-1]:
-            section = section.setdefault(key, {})
-            if not isinstance(section, dict):
-                raise UsageError(f"config key {'.'.join(path[:-1])}={section!r} must be a section: {{...}}")
-        given = section.setdefault(path[-1], value)
-        if given != value:
-            raise UsageError(
-                f"--{flag.replace('_', '-')} {value} and {'.'.join(path)}={given!r} of the ds_config disagree; "
-                "give one of them, or the same value"
-            )
-    _settle_optimizer(arguments, raw)
+        _fill_in(raw, path, value, f"--{flag.replace('_', '-')} {value}")
+    if "lr" in arguments:
+        _settle_optimizer(arguments, raw)
+        _settle_monitoring(arguments, raw)
     for flag, least in _LEAST.items():
-        value = getattr(arguments, flag)
+        value = getattr(arguments, flag, None)
         if value is not None and value < least:
             raise UsageError(f"--{flag.replace('_', '-')} {value}: must be at least {least}")
     return configs.load(raw)
+
+
+def _fill_in(raw: dict[str, Any], path: tuple[str, ...], value: object, flag: str) -> None:
+    """Set what the ds_config leaves out, and refuse what it says otherwise. ``flag``: as the user gave it."""
+    section = raw
+    for key in path[:-1]:
+        section = section.setdefault(key, {})
+        if not isinstance(section, dict):
+            raise UsageError(f"config key {'.'.join(path[:-1])}={section!r} must be a section: {{...}}")
+    given = section.setdefault(path[-1], value)
+    if given != value:
+        raise UsageError(
+            f"{flag} and {'.'.join(path)}={given!r} of the ds_config disagree; give one of them, or the same value"
+        )
+
+
+def _settle_monitoring(arguments: argparse.Namespace, raw: dict[str, Any]) -> None:
+    """Bring ``--tensorboard-dir`` to DeepSpeed's "tensorboard" section."""
+    if arguments.tensorboard_dir is not None:
+        flag = f"--tensorboard-dir {arguments.tensorboard_dir}"
+        _fill_in(raw, ("tensorboard", "enabled"), True, flag)
+        _fill_in(raw, ("tensorboard", "output_path"), str(arguments.tensorboard_dir), flag)
+        raw["tensorboard"].setdefault("job_name", "")  # DeepSpeed writes to output_path/job_name, Megatron to its folder itself
+    if arguments.profile and arguments.stage_timers_interval:
+        raise UsageError("--profile and --stage-timers-interval both take torch's profiler, which runs once; give one of them")
 
 
 def _settle_optimizer(arguments: argparse.Namespace, raw: dict[str, Any]) -> None:

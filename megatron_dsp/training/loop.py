@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import resource
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -15,12 +14,16 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from megatron_dsp.mesh import Mesh
-from megatron_dsp.reshard import ledger
 from megatron_dsp.reshard.exchange import exchange_of
 from megatron_dsp.reshard.exposed import exposed_seconds
+from megatron_dsp.reshard.trace import named
 from megatron_dsp.training import checkpointing
 from megatron_dsp.training.checkpointing import Progress
+from megatron_dsp.training.device_peaks import peak_tflops
+from megatron_dsp.training.ema import EMA
 from megatron_dsp.training.log import TrainingLog
+from megatron_dsp.training.monitor import Meter, peak_memory
+from megatron_dsp.training.stage_timers import StageTimers
 
 MicroBatch = tuple[tuple[Tensor, ...], tuple[Tensor, ...]]
 
@@ -41,77 +44,92 @@ class Workload(Protocol):
     def micro_batch(self, samples: list[int], validation: bool) -> MicroBatch:
         """The same samples for a pipeline, whose model has the loss: its inputs, and the labels."""
 
+    def forward_flops(self, samples: list[int]) -> int:
+        """The FLOPs of the model's forward pass over training samples, whole ones, whatever part of them is this rank's."""
 
-def train(engine: Any, workload: Workload, mesh: Mesh, arguments: argparse.Namespace, log: TrainingLog) -> Progress:
+
+def train(
+    engine: Any, workload: Workload, mesh: Mesh, arguments: argparse.Namespace, log: TrainingLog, ema: EMA | None = None
+) -> Progress:
     """Train for ``arguments.train_iters`` iterations; return how far it came.
 
     Iteration i takes samples ``i * global batch ...``, whatever the degrees. Resumes from ``arguments.load``; saves to
     ``arguments.save`` every ``save_interval`` iterations and at the end. On SIGTERM (a scheduler's warning) all ranks
-    finish the iteration together, save, and return.
+    finish the iteration together, save, and return. ``ema`` takes the weights after each step, and goes into checkpoints.
     """
-    progress = checkpointing.load(engine, arguments.load, mesh) if arguments.load else Progress()
+    progress = checkpointing.load(engine, arguments.load, mesh, ema) if arguments.load else Progress()
     if arguments.load:
         log.message(f"resumed from {arguments.load} at iteration {progress.iteration}")
     saved = progress.iteration if arguments.load == arguments.save else None
     started, first = time.perf_counter(), progress.iteration
-    interval_loss, interval_start, interval_first = torch.zeros((), device=mesh.device), started, progress.iteration
-
-    switched, overlap, shown = 0, exchange_of(mesh.group("sequence")).overlap, 0
+    loss_sum = torch.zeros((), device=mesh.device)  # over the steps since the last log line
+    meter = Meter(mesh, _peak_tflops(engine, mesh, arguments))
+    overlap, shown = exchange_of(mesh.group("sequence")).overlap, 0
 
     with _stop_signal() as stop, _trace(arguments, log) as trace_step:
         while progress.iteration < arguments.train_iters:
             trace_step(progress.iteration)
             engine.train()
             learning_rate = engine.get_lr()[0]
-            with ledger() as moved:
-                interval_loss += _train_step(engine, workload, mesh, progress)
-            switched += sum(row.bytes for row in moved.rows if row.operation.startswith("switch"))
+            samples = list(_micro_batches(engine, mesh, progress.consumed_samples))
+            timers = StageTimers(mesh.device) if _due(arguments.stage_timers_interval, progress.iteration + 1) else None
+            with meter.step(sum(workload.forward_flops(positions) for positions in samples)):
+                loss_sum += _train_step(engine, workload, mesh, samples)
+                if ema is not None and engine.was_step_applied():
+                    ema.update()
             progress.iteration += 1
             progress.consumed_samples += engine.train_batch_size()
             log.advance(progress.iteration)
+            if timers is not None:
+                with meter.paused():
+                    log.times(progress, timers.read())
             for decision in [] if overlap is None else overlap.decisions[shown:]:
                 log.message(f"overlap from iteration {progress.iteration} on: {decision}")
                 shown += 1
             stopping = _any_rank(stop.received)
 
             last = stopping or progress.iteration == arguments.train_iters
-            if progress.iteration % arguments.log_interval == 0 or last:
-                count = progress.iteration - interval_first
-                values = {"learning rate": learning_rate, "loss": _average(interval_loss / count, mesh)}
+            if _due(arguments.log_interval, progress.iteration) or last:
+                values = {"learning rate": learning_rate, "loss": _average(loss_sum / meter.steps, mesh)}
                 values |= _engine_values(engine)
-                now = time.perf_counter()
-                log.iteration(
-                    progress.iteration,
-                    consumed_samples=progress.consumed_samples,
-                    milliseconds=(now - interval_start) * 1000 / count,
-                    batch=engine.train_batch_size(),
-                    values=values,
-                )
-                interval_loss.zero_()
-                interval_first, interval_start = progress.iteration, now
-            interval = arguments.exposed_communication_interval
-            if interval and progress.iteration % interval == 0:
-                now = time.perf_counter()
-                _show_exposed(engine, workload, mesh, progress, log)
-                interval_start += time.perf_counter() - now
-            if arguments.eval_iters and (progress.iteration % arguments.eval_interval == 0 or last):
-                _validate(engine, workload, mesh, arguments.eval_iters, progress, log)
-            if arguments.save and arguments.save_interval and progress.iteration % arguments.save_interval == 0:
-                saved = _save(engine, mesh, arguments, progress, log)
+                log.iteration(progress, batch=engine.train_batch_size(), values=values, measured=meter.read())
+                loss_sum.zero_()
+            if _due(arguments.exposed_communication_interval, progress.iteration):
+                with meter.paused():
+                    _show_exposed(engine, workload, mesh, progress, log)
+            if arguments.eval_iters and (_due(arguments.eval_interval, progress.iteration) or last):
+                with meter.paused():
+                    _validate(engine, workload, mesh, arguments.eval_iters, progress, log)
+            if arguments.save and _due(arguments.save_interval, progress.iteration):
+                with meter.paused():
+                    saved = _save(engine, mesh, arguments, progress, log, ema)
             if stopping:
                 log.message(f"SIGTERM: stopping after iteration {progress.iteration}")
                 break
 
     seconds, iterations = time.perf_counter() - started, progress.iteration - first
     if arguments.save and saved != progress.iteration:
-        _save(engine, mesh, arguments, progress, log)
-    _summarise(iterations, iterations * engine.train_batch_size(), seconds, switched, mesh, log)
+        _save(engine, mesh, arguments, progress, log, ema)
+    _summarise(iterations, iterations * engine.train_batch_size(), seconds, meter, mesh, log)
     return progress
 
 
-def _train_step(engine: Any, workload: Workload, mesh: Mesh, progress: Progress) -> Tensor:
+def _due(interval: int | None, iteration: int) -> bool:
+    """Whether what is done every ``interval`` iterations (0 or None: never) is done at this one."""
+    return interval is not None and interval > 0 and iteration % interval == 0
+
+
+def _peak_tflops(engine: Any, mesh: Mesh, arguments: argparse.Namespace) -> float | None:
+    """What a device of this job can reach, where that is known."""
+    if arguments.peak_tflops_per_device is not None:
+        return arguments.peak_tflops_per_device
+    if mesh.device.type != "cuda" or not (engine.bfloat16_enabled() or engine.fp16_enabled()):
+        return None
+    return peak_tflops(torch.cuda.get_device_name(mesh.device))
+
+
+def _train_step(engine: Any, workload: Workload, mesh: Mesh, samples: list[list[int]]) -> Tensor:
     """One optimizer step; the mean loss of its micro-batches."""
-    samples = _micro_batches(engine, mesh, progress.consumed_samples)
     if mesh.size("pipe") > 1:
         # Only the first and the last stage take from it.
         return engine.train_batch(workload.micro_batch(positions, validation=False) for positions in samples)
@@ -119,7 +137,8 @@ def _train_step(engine: Any, workload: Workload, mesh: Mesh, progress: Progress)
     for positions in samples:
         loss = workload.loss(engine, positions)
         engine.backward(loss)
-        engine.step()
+        with named("optimizer step"):
+            engine.step()
         total += loss.detach() / engine.gradient_accumulation_steps()
     return total
 
@@ -149,7 +168,7 @@ def _validate(engine: Any, workload: Workload, mesh: Mesh, batches: int, progres
                 count += 1
     value = _average(total / count, mesh)
     log.message(f" validation loss at iteration {progress.iteration} | loss: {value:.6E} |")
-    log.scalars(progress.iteration, {"validation loss": value})
+    log.scalars(progress, {"validation loss": value})
 
 
 def _show_exposed(engine: Any, workload: Workload, mesh: Mesh, progress: Progress, log: TrainingLog) -> None:
@@ -169,11 +188,11 @@ def _show_exposed(engine: Any, workload: Workload, mesh: Mesh, progress: Progres
     step = seconds.pop("step")
     parts = " | ".join(f"{name}: {1000 * value:.1f}" for name, value in seconds.items())
     log.message(f" exposed communication (ms) of {1000 * step:.1f} at iteration {progress.iteration} | {parts} |")
-    log.scalars(progress.iteration, {f"exposed {name} (ms)": 1000 * value for name, value in seconds.items()})
+    log.scalars(progress, {f"exposed {name} time": value for name, value in seconds.items()})
 
 
-def _save(engine: Any, mesh: Mesh, arguments: argparse.Namespace, progress: Progress, log: TrainingLog) -> int:
-    checkpointing.save(engine, arguments.save, progress, mesh)
+def _save(engine: Any, mesh: Mesh, arguments: argparse.Namespace, progress: Progress, log: TrainingLog, ema: EMA | None) -> int:
+    checkpointing.save(engine, arguments.save, progress, mesh, ema)
     log.message(f" saved checkpoint at iteration {progress.iteration} to {arguments.save}")
     return progress.iteration
 
@@ -252,19 +271,16 @@ def _any_rank(flag: bool) -> bool:
     return bool(flags.item())
 
 
-def _summarise(iterations: int, samples: int, seconds: float, switched: int, mesh: Mesh, log: TrainingLog) -> None:
-    """Samples a second; the most switch bytes a training step and the largest peak memory of any rank."""
+def _summarise(iterations: int, samples: int, seconds: float, meter: Meter, mesh: Mesh, log: TrainingLog) -> None:
+    """Samples a second; the most bytes that any rank sends in a training step, and the largest peak memory."""
     if not iterations:
         return
-    most_switched = torch.tensor(float(switched))
-    if mesh.device.type == "cuda":
-        peak = torch.tensor(float(torch.cuda.max_memory_allocated()))
-    else:
-        peak = torch.tensor(float(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024))
-    dist.all_reduce(most_switched, op=dist.ReduceOp.MAX)
-    dist.all_reduce(peak, op=dist.ReduceOp.MAX)
+    own = [meter.all_switch_bytes, meter.all_sequence_bytes, peak_memory(mesh.device)]
+    most = torch.tensor(own, dtype=torch.float64)
+    dist.all_reduce(most, op=dist.ReduceOp.MAX)
+    switched, moved, peak = most.tolist()
     log.message(
         f"summary: {iterations} iterations in {seconds:.1f} s | samples a second: {samples / seconds:.2f} | "
-        f"switch bytes a step and rank: {most_switched.item() / iterations:,.0f} | "
-        f"peak memory a rank: {peak.item() / 2**20:,.0f} MiB"
+        f"switch bytes a step and rank: {switched / iterations:,.0f} | "
+        f"sequence-group bytes a step and rank: {moved / iterations:,.0f} | peak memory a rank: {peak / 2**20:,.0f} MiB"
     )

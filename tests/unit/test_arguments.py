@@ -8,11 +8,12 @@ import re
 
 import pytest
 import torch
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from megatron_dsp import UsageError
 from megatron_dsp.training import arguments
+from megatron_dsp.training.checkpointing import Progress
 from megatron_dsp.training.log import TrainingLog
+from megatron_dsp.training.monitor import Measured
 from megatron_dsp.training.optimizer import warmup_cosine
 
 # flag, where the same value stands in a ds_config, a value, another
@@ -100,6 +101,8 @@ def test_no_flag_leaves_the_ds_config_as_it_is(settings):
         (["--train-iters", 0], "--train-iters 0: must be at least 1"),
         (["--log-interval", -1], "--log-interval -1: must be at least 1"),
         (["--seed", -1], "--seed -1: must be at least 0"),
+        (["--stage-timers-interval", -1], "--stage-timers-interval -1: must be at least 0"),
+        (["--peak-tflops-per-device", 0], "--peak-tflops-per-device 0.0: must be at least 0.001"),
         (["--deepspeed_config", "no.json"], "no.json does not exist"),
         (["--dynamic-sequence-parallel-size", 0], "sequence_parallel.size=0"),
         (["stray\ntext"], "stray"),
@@ -167,30 +170,69 @@ def test_learning_rate_at_the_limits():
     assert _learning_rates(3, lr=0.0, min_lr=0.0, warmup=1, total=2) == [0.0] * 3
 
 
-def test_log_line_has_the_fields_of_megatron(capsys, tmp_path):
+class _Monitor:
+    """Keeps what DeepSpeed's would write."""
+
+    enabled, wandb_monitor = True, None
+
+    def __init__(self):
+        self.events = {}
+
+    def write_events(self, events):
+        self.events |= {tag: (step, value) for tag, value, step in events}
+
+
+def test_log_line_has_the_fields_of_megatron(capsys):
     values = {"learning rate": 1e-4, "loss": 0.51234567, "loss scale": 1.0, "grad norm": 2.0}
+    measured = Measured(
+        seconds=0.01234,
+        tflops=45.67,
+        utilisation=0.1234,
+        switch_seconds=0.0025,
+        switch_bytes=10.0,
+        sequence_bytes=12.0,
+        memory={"mem-max-resident-bytes": 3 * 2**19},
+    )
     for rank in (0, 1):
-        with TrainingLog(rank=rank, total=100, tensorboard=tmp_path if rank == 0 else None) as log:
+        monitor = _Monitor()
+        with TrainingLog(rank=rank, total=100, monitor=monitor) as log:
             log.message("a line [with brackets]")
-            log.iteration(20, consumed_samples=160, milliseconds=12.34, batch=8, values=values)
+            log.iteration(Progress(20, 160), batch=8, values=values, measured=measured)
             log.advance(20)
+            log.times(Progress(20, 160), {"forward spatial": (0.001, 0.002)})
         out = capsys.readouterr().out
         if rank:
             assert out == "", "rank 0 alone shows"
+            assert not monitor.events
             continue
         assert re.fullmatch(
             r"a line \[with brackets\]\n"
             r" \[\d{4}-\d\d-\d\d \d\d:\d\d:\d\d\] iteration +20/ +100 \| consumed samples: +160"
-            r" \| elapsed time per iteration \(ms\): 12\.3 \| global batch size: +8"
-            r" \| learning rate: 1\.000000E-04 \| loss: 5\.123457E-01 \| loss scale: 1\.000000E\+00"
-            r" \| grad norm: 2\.000000E\+00 \|\n",
+            r" \| elapsed time per iteration \(ms\): 12\.3 \| throughput per GPU \(TFLOP/s/GPU\): 45\.7 \| MFU: 12\.3%"
+            r" \| global batch size: +8 \| learning rate: 1\.000000E-04 \| loss: 5\.123457E-01 \| loss scale: 1\.000000E\+00"
+            r" \| grad norm: 2\.000000E\+00 \| switch time \(ms\): 2\.5 \| peak memory \(MiB\): 1\.5 \|\n"
+            r" \(min, max\) time across ranks \(ms\) at iteration 20:\n    forward spatial \.+: \(1\.00, 2\.00\)\n",
             out,
         )
-    events = EventAccumulator(str(tmp_path)).Reload()
-    written = {tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
-    assert written["loss"] == [(20, pytest.approx(0.51234567))]
-    assert written["learning-rate"] == [(20, pytest.approx(1e-4))]
-    assert written["batch-size"] == [(20, 8.0)]
+        written = {"loss": 0.51234567, "learning-rate": 1e-4, "batch-size": 8, "iteration-time": 0.01234, "throughput": 45.67}
+        written |= {"mfu": 0.1234, "switch-bytes": 10.0, "forward-spatial-time": 0.002, "mem-max-resident-bytes": 3 * 2**19}
+        assert monitor.events.items() >= {tag: (20, value) for tag, value in written.items()}.items()
+
+
+def test_tensorboard_dir_is_the_tensorboard_section_of_the_ds_config(settings):
+    section = {"enabled": True, "output_path": "runs/a", "job_name": ""}
+    assert settings(None, "--tensorboard-dir", "runs/a").deepspeed == {"tensorboard": section}
+    assert settings({"tensorboard": section}, "--tensorboard-dir", "runs/a").deepspeed == {"tensorboard": section}
+    named = {"tensorboard": {"job_name": "mine"}}
+    assert settings(named, "--tensorboard-dir", "runs/a").deepspeed["tensorboard"] == {**section, "job_name": "mine"}
+    for key, value in (("output_path", "runs/b"), ("enabled", False)):
+        with pytest.raises(UsageError, match=rf"^--tensorboard-dir runs/a and tensorboard\.{key}={value!r} of the ds_config"):
+            settings({"tensorboard": {key: value}}, "--tensorboard-dir", "runs/a")
+
+
+def test_one_profiler_at_a_time(settings):
+    with pytest.raises(UsageError, match="--profile and --stage-timers-interval"):
+        settings(None, "--profile", "--stage-timers-interval", 5)
 
 
 @pytest.mark.parametrize("flag", ["--min-lr", "--lr-warmup-iters", "--lr-decay-iters", "--adam-beta2"])
