@@ -266,17 +266,16 @@ def _micro_batch(job: Job, mesh: Mesh, micro: int) -> tuple[tuple[Tensor, ...], 
     frames = range(start * depth, min(stop * depth, job.frames))
     video, noise = (torch.empty(len(frames), micro, job.model.channels, job.height, job.width) for _ in range(2))
     timesteps = torch.empty(token_frames, micro)
-    times = rectified_flow.frame_times(timesteps, depth, frames)
+    times, every = (rectified_flow.frame_times(timesteps, depth, part) for part in (frames, range(job.frames)))
     conditioning = torch.empty(micro, job.conditioning_tokens, job.model.conditioning_size)
     mask, drop = torch.empty(micro, job.conditioning_tokens, dtype=torch.bool), torch.empty(micro, dtype=torch.bool)
-    active = torch.empty(micro, dtype=torch.int64)
     inputs = (rectified_flow.add_noise(video, noise, times), timesteps, conditioning, mask, drop)
-    return inputs, (video, noise, times, active)
+    return inputs, (noise - video, rectified_flow.frame_weights(times, every))
 
 
 def _loss(job: Job, mesh: Mesh, velocity: Tensor, labels: tuple[Tensor, ...]) -> Tensor:
-    video, noise, times, active = labels
-    return rectified_flow.velocity_loss(velocity, video, noise, times, job.frames, active, mesh.group("sequence"))
+    target, weights = labels
+    return rectified_flow.velocity_loss(velocity, target, weights, mesh.group("sequence"))
 
 
 _ASSUMPTIONS = (

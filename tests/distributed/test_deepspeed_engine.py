@@ -70,11 +70,12 @@ def _loss(model: nn.Module, batch: dict[str, Tensor], frames: range, group: dist
     video, noise = (batch[name][frames.start : frames.stop] for name in ("video", "noise"))
     noisy = rectified_flow.add_noise(video, noise, times)
     velocity = model(noisy, batch["timesteps"], batch["conditioning"], batch["mask"], batch["drop"], group=group)
-    active = (every > 0).sum(dim=(0, 2, 3, 4))
     if group is None:
+        active = (every > 0).sum(dim=(0, 2, 3, 4))
         error = (velocity - (noise - video)).square().mean(dim=(2, 3, 4)) * (times[:, :, 0, 0, 0] > 0)
         return (error.sum(0) / active).mean()
-    return rectified_flow.velocity_loss(velocity, video, noise, times, len(every), active, group)
+    weights = rectified_flow.frame_weights(times, every)
+    return rectified_flow.velocity_loss(velocity, noise - video, weights, group)
 
 
 def _reference(case: Case) -> tuple[list[float], list[float], VideoDiT]:

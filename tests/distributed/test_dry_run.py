@@ -129,14 +129,13 @@ def _others(engine: Any) -> int:
 
 def _micro_batch(mesh: dsp.Mesh) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
     start, stop = dsp.shard_range(FRAMES, mesh.size("sequence"), mesh.rank("sequence"))
-    video, noise = torch.randn(2, stop - start, MICRO, 3, HEIGHT, WIDTH).unbind()
-    video, noise = video.clone(), noise.clone()
+    video, noise = (torch.randn(stop - start, MICRO, 3, HEIGHT, WIDTH) for _ in range(2))
     timesteps = torch.rand(FRAMES, MICRO)
-    times = rectified_flow.frame_times(timesteps, 1, range(start, stop))
+    times, every = (rectified_flow.frame_times(timesteps, 1, frames) for frames in (range(start, stop), range(FRAMES)))
     mask, drop = torch.ones(MICRO, TOKENS, dtype=torch.bool), torch.zeros(MICRO, dtype=torch.bool)
     noisy = rectified_flow.add_noise(video, noise, times)
     conditioning = torch.randn(MICRO, TOKENS, MODEL.conditioning_size)
-    return (noisy, timesteps, conditioning, mask, drop), (video, noise, times, torch.full((MICRO,), FRAMES))
+    return (noisy, timesteps, conditioning, mask, drop), (noise - video, rectified_flow.frame_weights(times, every))
 
 
 def _peak(run: Callable[[], None]) -> int:
@@ -198,8 +197,7 @@ def _measure_new(cell: Cell) -> Measured:
     tensor = TensorParallel(mesh.group("tensor"), sequence_dim=2 if cell.sharded else None)
 
     def loss_of(velocity: Tensor, labels: tuple[Tensor, ...]) -> Tensor:
-        video, noise, times, active = labels
-        return rectified_flow.velocity_loss(velocity, video, noise, times, FRAMES, active, group)
+        return rectified_flow.velocity_loss(velocity, *labels, group)
 
     peak = 0
     if cell.pipe > 1:

@@ -87,6 +87,18 @@ def test_an_mpi_that_does_not_load_or_answer_does_no_harm(command, monkeypatch):
     assert "did not answer" in row(command("env")[1], "mpi4py")[1]
 
 
+def test_an_mpirun_of_another_mpi_is_marked(command, monkeypatch, tmp_path):
+    ours = row(command("env")[1], "mpi4py")[1]
+    said, name = {
+        True: ("HYDRA build details:\n    Version:   4.3.2", "MPICH 4.3.2"),
+        False: ("mpirun (Open MPI) 5.0.11", "Open MPI 5.0.11"),
+    }["with Open MPI" in ours]
+    (tmp_path / "mpirun").write_text(f"#!/bin/sh\necho '{said}'\n")
+    (tmp_path / "mpirun").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/bin")
+    assert row(command("env")[1], "mpirun")[1].startswith(f"{tmp_path}/mpirun of {name}, but mpi4py loads another MPI")
+
+
 def test_version(capsys):
     with pytest.raises(SystemExit) as exit_:
         cli.main(["--version"])
