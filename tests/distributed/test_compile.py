@@ -61,7 +61,7 @@ def _mixer(backend: str) -> None:
         _compare(model, lambda m, x=x, mask=mask: m(x, mask), backend, 1e-14)
 
 
-@pytest.mark.parametrize("size", [2, 3])
+@pytest.mark.parametrize("size", [pytest.param(2, marks=pytest.mark.long), 3])
 def test_all_primitives_in_one_graph(ranks, size):
     ranks(size, _mixer, "aot_eager")
 

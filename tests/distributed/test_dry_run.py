@@ -293,10 +293,10 @@ def _errors(cell: Cell, expected: RankCosts, measured: Measured) -> dict[str, fl
 CELLS = [
     Cell(tensor=2, sequence=2, zero=2),
     Cell(pipe=2, sequence=2, zero=1),
-    Cell(tensor=2, pipe=2, zero=0, sharded=True),
     Cell(sequence=2, data=2, zero=1, precision="bf16"),
 ]
 LONG = [
+    Cell(tensor=2, pipe=2, zero=0, sharded=True),
     Cell(tensor=2, pipe=2, sequence=2, zero=1, recompute=True),
     Cell(sequence=2, data=2, zero=3),
     Cell(tensor=2, sequence=2, data=2, zero=3, persistent=0, ahead=0),

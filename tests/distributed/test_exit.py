@@ -42,7 +42,7 @@ def _exit_statuses(way: str) -> list[int]:
             process.kill()
 
 
-@pytest.mark.parametrize("way", ["run", "deepspeed"])
+@pytest.mark.parametrize("way", ["run", pytest.param("deepspeed", marks=pytest.mark.long)])
 def test_a_finished_job_exits_with_0(way):
     assert _exit_statuses(way) == [0] * 4
 

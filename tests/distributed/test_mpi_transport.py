@@ -14,6 +14,7 @@ def test_switches_through_mpi_are_bitwise_slices_without_copies(size, transport)
     assert ("mpirun started this job" in output) == (transport == "auto")
 
 
+@pytest.mark.long
 def test_without_mpirun_it_says_what_is_missing():
     status, output = jobs.run("torchrun", 2, JOB, "mpi")
     assert status != 0

@@ -240,7 +240,7 @@ def _train(zero: int, overlap: FixedOverlap | None) -> tuple[list[float], list[s
     return losses, overlap.decisions if overlap else []
 
 
-@pytest.mark.parametrize("zero", [2, 3])
+@pytest.mark.parametrize("zero", [2, pytest.param(3, marks=pytest.mark.long)])
 def test_training_with_zero_in_chunks_equals_whole_stages(ranks, zero):
     plain, _ = ranks(2, _train, zero, None)[0]
     assert len(set(plain)) == 5

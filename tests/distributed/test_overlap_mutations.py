@@ -357,7 +357,7 @@ def _check(names: Sequence[str], mutation: str | None) -> list[list[str]]:
     return found
 
 
-@pytest.mark.parametrize("size", [2, 3])
+@pytest.mark.parametrize("size", [2, pytest.param(3, marks=pytest.mark.long)])
 def test_nothing_is_wrong_where_nothing_is_early(ranks, size):
     checks = [*CHECKS, "late_messages", "late_all_to_all"]
     if size != 2:
@@ -366,7 +366,9 @@ def test_nothing_is_wrong_where_nothing_is_early(ranks, size):
         assert dict(zip(checks, found, strict=True)) == {check: [] for check in checks}
 
 
-@pytest.mark.parametrize("mutation", MUTATIONS)
+@pytest.mark.parametrize(
+    "mutation", [pytest.param(name, marks=[pytest.mark.long] * (index % 2)) for index, name in enumerate(MUTATIONS)]
+)
 def test_mutations_are_found(ranks, mutation):
     _, _, _, checks, sentence = MUTATIONS[mutation]
     for found in ranks(2, _check, checks, mutation):

@@ -45,7 +45,7 @@ def test_equals_one_process(ranks, references, cell):
 @pytest.mark.parametrize(
     "cell",
     [
-        Cell(tensor=2, sequence=2, zero=1, precision="bf16", overlap=True),
+        pytest.param(Cell(tensor=2, sequence=2, zero=1, precision="bf16", overlap=True), marks=LONG),
         pytest.param(Cell(tensor=2, sequence=2, zero=3, precision="bf16"), marks=LONG),
         pytest.param(Cell(pipe=2, sequence=2, zero=1, precision="bf16"), marks=LONG),
         Cell(tensor=2, sequence=2, zero=2, precision="fp16"),

@@ -121,8 +121,8 @@ def _train(layers: int, pipe: int, sequence: int, partition: str) -> tuple[list[
     ("layers", "pipe", "sequence", "partition", "boundaries"),
     [
         (3, 2, 2, "uniform", [0, 4, 8]),  # between a spatial and a temporal block, where the shard moves
-        (3, 2, 3, "parameters", [0, 3, 8]),
-        (3, 3, 2, "type:Block", [0, 3, 5, 8]),
+        pytest.param(3, 2, 3, "parameters", [0, 3, 8], marks=pytest.mark.long),
+        pytest.param(3, 3, 2, "type:Block", [0, 3, 5, 8], marks=pytest.mark.long),
         (1, 4, 1, "uniform", [0, 1, 2, 3, 4]),  # a part a stage: the head's has no use for what blocks take
     ],
 )

@@ -55,6 +55,7 @@ def test_every_launcher_gives_the_same_losses(small, alone, launcher, sequence, 
     assert jobs.value(output, "consumed samples")[-1] == "80"
 
 
+@pytest.mark.long
 def test_switches_through_mpi_give_the_same_losses(small, alone, tmp_path):
     config = {**CONFIG, "sequence_parallel": {"size": 4, "transport": "mpi"}}
     (tmp_path / "ds_config.json").write_text(json.dumps(config))
@@ -81,6 +82,7 @@ def test_all_axes_give_the_same_losses(small, alone, degrees):
     assert jobs.value(output, "global batch size")[0] == "4"
 
 
+@pytest.mark.long
 def test_all_backends_give_the_same_losses(small, tmp_path):
     """Over four frames, since Ring takes even shards alone."""
     arguments = [*small, "--num-frames", 4, "--micro-batch-size", 4, "--train-iters", 20]
@@ -190,8 +192,8 @@ def _bad(tmp_path: Path) -> dict[str, tuple[list[object], str]]:
     }
 
 
-_SHORT = ["degrees", "nothing to resume", "exposed in a pipeline"]
-_LONG = ["section key", "missing data", "text as video", "flag"]
+_SHORT = ["degrees", "nothing to resume"]
+_LONG = ["exposed in a pipeline", "section key", "missing data", "text as video", "flag"]
 
 
 @pytest.mark.parametrize("name", [*_SHORT, *(pytest.param(name, marks=pytest.mark.long) for name in _LONG)])

@@ -63,6 +63,7 @@ def test_data_ranks_share_the_samples(trained, tmp_path):
         torch.testing.assert_close(clip, alone[name], rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.long
 def test_evaluation_equals_one_process(trained):
     losses = []
     for ranks in (1, 4):
