@@ -234,7 +234,8 @@ class Embedded(Method):
 
     def attention(self) -> tuple[OverRanks | None, OverRanks]:
         """Of spatial and of temporal blocks."""
-        return None, attention_over_ranks(self.backend, self.work.shape.frames, self.group)
+        layout = Layout(DIMS, self.work.shape.activation, sharded="time")
+        return None, attention_over_ranks(self.backend, "time", "time", layout, self.group)
 
 
 class FlatUlysses(Embedded):

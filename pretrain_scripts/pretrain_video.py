@@ -22,7 +22,7 @@ import megatron_dsp as dsp
 from megatron_dsp import launch
 from megatron_dsp.config import Config
 from megatron_dsp.models.attention_kernels import kernel_name
-from megatron_dsp.models.video_dit import PRESETS, VideoDiTConfig, parameter_count
+from megatron_dsp.models.video_dit import VideoDiTConfig, parameter_count
 from megatron_dsp.placement import placement
 from megatron_dsp.reshard.exchange import exchange_of
 from megatron_dsp.training import arguments as flags
@@ -88,7 +88,7 @@ def main() -> None:
     arguments = parse()
     config = flags.settings(arguments)
     if arguments.dry_run is not None:
-        show_dry_run(arguments, replace(PRESETS[arguments.model], channels=3), config)
+        show_dry_run(arguments, replace(video_data.model_preset(arguments), channels=3), config)
         return
     if config.mesh.pipe > 1 and arguments.exposed_communication_interval:
         raise dsp.UsageError("--exposed-communication-interval needs whole passes, which a pipeline has not; use pipe 1, or 0")

@@ -17,6 +17,8 @@ from megatron_dsp.models.attention_kernels import attention
 from megatron_dsp.models.norms import EPSILON, rms_norm
 from megatron_dsp.tensor import TensorParallel
 
+Over = Literal["space", "time", "all"]  # what an attention's tokens are: those of a frame, of a place, or of the whole clip
+
 # Does what a module's forward does (x and rotations are its arguments) where the dim that it attends over is sharded.
 OverRanks = Callable[["SelfAttention", Tensor, Tensor | None], Tensor]
 
@@ -37,17 +39,17 @@ def rotate(x: Tensor, rotations: Tensor) -> Tensor:
 
 
 class SelfAttention(nn.Module):
-    """Multi-head attention over the dim ``over`` of [T, B, S, C]; the other dims are its batch.
+    """Multi-head attention over the dim ``over`` of [T, B, S, C], or over both; the other dims are its batch.
 
     Args:
         hidden: C.
         heads: H, a divisor of C.
-        over: "space" attends over S, "time" over T.
+        over: "space" attends over S, "time" over T, "all" over T x S.
         qk_norm: normalise every head's queries and keys (RMS, as in ViT-22B, arXiv 2302.05442, and STDiT3).
         tensor: each rank of its group attends with its own heads.
     """
 
-    def __init__(self, hidden: int, heads: int, over: Literal["space", "time"], qk_norm: bool, tensor: TensorParallel) -> None:
+    def __init__(self, hidden: int, heads: int, over: Over, qk_norm: bool, tensor: TensorParallel) -> None:
         super().__init__()
         self.over = over
         self.tensor = tensor
@@ -89,13 +91,17 @@ class SelfAttention(nn.Module):
         return self.stored(attention(self.batched(query), self.batched(key), self.batched(value)), query)
 
     def batched(self, x: Tensor) -> Tensor:
-        """View [T, B, S, H, D] as [batch, H, length, D]."""
+        """[T, B, S, H, D] as [batch, H, length, D]; a view, but over both dims of several samples."""
         if self.over == "space":
             return x.flatten(0, 1).transpose(1, 2)
-        return x.flatten(1, 2).permute(1, 2, 0, 3)
+        if self.over == "time":
+            return x.flatten(1, 2).permute(1, 2, 0, 3)
+        return x.transpose(0, 1).flatten(1, 2).transpose(1, 2)
 
     def stored(self, attended: Tensor, like: Tensor) -> Tensor:
         """Bring [batch, H, length, D] back to the shape of ``like`` [T, B, S, H, D]: a view where the kernel kept the order."""
+        if self.over == "all":
+            return attended.transpose(1, 2).unflatten(1, like.shape[0:3:2]).transpose(0, 1)
         rows = attended.transpose(1, 2) if self.over == "space" else attended.permute(2, 0, 1, 3)
         return rows.reshape(like.shape)
 

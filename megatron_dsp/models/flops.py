@@ -31,7 +31,8 @@ def forward_flops(config: VideoDiTConfig, *, frames: int, height: int, width: in
 
     # Of a block: four projections of self-attention and two of cross-attention, the MLP; keys and values of the conditioning.
     linears = tokens * (6 * hidden * hidden + 2 * hidden * inner) + conditioning * 2 * hidden * hidden
-    # Of a layer pair: scores and weighted values, of a token with those of its frame, with those of its place, and cross twice.
-    attention = 2 * tokens * hidden * (space + time + 2 * conditioning_tokens)
-    products = patches + diffusion_time + conditioning_mlp + config.layers * (2 * linears + attention)
+    # Scores and weighted values, of a token with those that a block's two attentions let it see.
+    seen = {"space": space, "time": time, "all": time * space}
+    attention = sum(2 * tokens * hidden * (seen[over] + conditioning_tokens) for over in config.block_dims)
+    products = patches + diffusion_time + conditioning_mlp + 2 * config.layers * linears + attention
     return 2 * products

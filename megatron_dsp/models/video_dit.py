@@ -9,10 +9,11 @@ shard lies.
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
-from typing import Any, Literal, NamedTuple, cast
+from functools import lru_cache, partial
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -23,7 +24,7 @@ from torch.utils.checkpoint import checkpoint
 from megatron_dsp.embedded import ring, ulysses, ulysses_in_chunks
 from megatron_dsp.errors import UsageError
 from megatron_dsp.layout import Layout, shard_range
-from megatron_dsp.models.attention import CrossAttention, OverRanks, SelfAttention
+from megatron_dsp.models.attention import CrossAttention, Over, OverRanks, SelfAttention
 from megatron_dsp.models.embeddings import (
     ConditioningEmbedding,
     TimestepEmbedding,
@@ -34,11 +35,13 @@ from megatron_dsp.models.embeddings import (
     unpatchify,
 )
 from megatron_dsp.models.norms import layer_norm
-from megatron_dsp.reshard import FixedOverlap, Region, Stage
+from megatron_dsp.planner import Attention, Plan, StageNeeds, cheapest_plan
+from megatron_dsp.reshard import FixedOverlap, Region, Stage, switch
 from megatron_dsp.reshard.exchange import exchange_of
 from megatron_dsp.tensor import ColumnParallelLinear, RowParallelLinear, TensorParallel, initialise
 
 DIMS = ("time", "batch", "space", "channels")
+BACKENDS = ("dsp", "ulysses", "ring")
 
 
 @dataclass(frozen=True)
@@ -54,6 +57,8 @@ class VideoDiTConfig:
         conditioning_size: channels of a conditioning token.
         mlp_ratio: width of the MLPs over ``hidden``.
         qk_norm: normalise the queries and keys of self-attention.
+        full_attention_every: of every so many layer pairs, the last one's temporal block attends over all tokens of all frames;
+            None: none does.
     """
 
     layers: int
@@ -64,11 +69,21 @@ class VideoDiTConfig:
     channels: int = 3
     mlp_ratio: float = 4.0
     qk_norm: bool = True
+    full_attention_every: int | None = None
 
     @property
     def patch_channels(self) -> int:
         """Values of a token before it is embedded."""
         return self.channels * math.prod(self.patch)
+
+    @property
+    def block_dims(self) -> list[Over]:
+        """What each block attends over, in the order in which they run."""
+        every = self.full_attention_every
+        pairs: list[tuple[Over, Over]] = [
+            ("space", "all" if every is not None and pair % every == 0 else "time") for pair in range(1, self.layers + 1)
+        ]
+        return [over for pair in pairs for over in pair]
 
     def __post_init__(self) -> None:
         for name in ("layers", "hidden", "heads", "conditioning_size", "channels", "mlp_ratio"):
@@ -83,6 +98,8 @@ class VideoDiTConfig:
                 f"hidden={self.hidden} over heads={self.heads} must give an even head size, for rotary positions: "
                 f"choose hidden as a multiple of {2 * self.heads}"
             )
+        if self.full_attention_every is not None and self.full_attention_every < 1:
+            raise UsageError(f"full_attention_every={self.full_attention_every} must be at least 1, or None")
 
 
 # 720m and 3b have as many parameters as the models that the DSP paper trains (arXiv 2403.10266), for T5-XXL's text tokens
@@ -102,8 +119,13 @@ class Block(nn.Module):
     time, and the block's own table ("adaLN-single", PixArt-alpha, arXiv 2310.00426).
     """
 
-    def __init__(self, config: VideoDiTConfig, over: Literal["space", "time"], tensor: TensorParallel) -> None:
+    def __init__(self, config: VideoDiTConfig, over: Over, tensor: TensorParallel) -> None:
         super().__init__()
+        if over == "all" and tensor.sequence_dim is not None:
+            raise UsageError(
+                "full_attention_every with --sequence-parallel: the tensor ranks have shards of what full attention attends "
+                "over; use one of the two"
+            )
         inner = int(config.hidden * config.mlp_ratio)
         self.over, self.tensor = over, tensor
         self.modulation_table = nn.Parameter(torch.empty(6, config.hidden))
@@ -129,8 +151,8 @@ class Block(nn.Module):
             modulation: [T, B, 6 C], of the same frames.
             tokens: conditioning tokens, [B, L, C].
             mask: [B, L], bool, True = attend, at least one a sample.
-            rotations: rotary positions of the frames, [T, 1, 1, 1, head size / 2], complex.
-            over_ranks: attention where x has a shard of the dim that the block attends over.
+            rotations: rotary positions of the frames, [T, 1, 1, 1, head size / 2], complex; not for attention over space.
+            over_ranks: attention where x has a shard of a dim that the block attends over.
         """
         table = self.tensor.beside(self.modulation_table) + modulation.unflatten(-1, self.modulation_table.shape)
         shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = table.unsqueeze(2).unbind(3)  # each [T, B, 1, C]
@@ -224,8 +246,8 @@ class VideoDiT(nn.Module):
         self.config, self.recompute = config, recompute
         self.tensor = TensorParallel() if tensor is None else tensor
         self.embedding = Embedding(config)
-        self.spatial_blocks = nn.ModuleList(Block(config, "space", self.tensor) for _ in range(config.layers))
-        self.temporal_blocks = nn.ModuleList(Block(config, "time", self.tensor) for _ in range(config.layers))
+        self.spatial_blocks = nn.ModuleList(Block(config, over, self.tensor) for over in config.block_dims[::2])
+        self.temporal_blocks = nn.ModuleList(Block(config, over, self.tensor) for over in config.block_dims[1::2])
         self.head = Head(config)
         for part, seed in zip(self.parts(), seeds, strict=True):
             reset_part(part, seed)
@@ -302,44 +324,58 @@ class Way(NamedTuple):
     backend: str
     recompute: bool
 
-    def sharded(self, over: Literal["space", "time"] | None) -> str:
-        """The dim that is sharded while a block runs that attends over ``over``; None: while another part does."""
-        # With DSP one that the block does not mix, with Ulysses and Ring always the same.
-        return "space" if over == "time" and self.backend == "dsp" else "time"
+    def plan(self, frames: int, batch: int, space: int, *, element_size: int) -> Plan:
+        """The cheapest layouts of all parts of the model for such activations; its input and output have shards of time."""
+        return _plan(*self._of_plan(frames, batch, space), element_size)
 
-    def run(
-        self,
-        parts: Sequence[Block | Head],
-        activations: Activations,
-        *,
-        space: int,
-        first: int,
-        over_before: Literal["space", "time"] | None = None,
-    ) -> Tensor:
-        """Take ``activations.x`` through ``parts``; the result is in the last one's layout.
+    def layouts(self, frames: int, batch: int, space: int) -> tuple[str, ...]:
+        """By the plan, the dim that is sharded before the first part, while each part runs, and in the result."""
+        return _layouts(*self._of_plan(frames, batch, space))
 
-        ``space`` are the spatial tokens of a frame; ``first`` is the place of the first part among the model's blocks, from 0;
-        ``over_before`` is what the block before it attends over, which x comes from (None: from `Embedding`).
+    def _of_plan(self, frames: int, batch: int, space: int) -> tuple[Any, ...]:
+        if self.backend not in BACKENDS:
+            raise UsageError(f"backend={self.backend!r} is not known; use one of: {', '.join(BACKENDS)}")
+        ranks = 1 if self.group is None else self.group.size()
+        head_moves = self.tensor.sequence_dim is None  # else tensor ranks divide space before the others do
+        sizes = map(operator.index, (frames, batch, space))  # a compiler's symbols become numbers, on which the plan depends
+        return (self.config, self.backend, ranks, self.tensor.size, head_moves, *sizes)
+
+    def run(self, parts: Sequence[Block | Head], activations: Activations, *, space: int, first: int) -> Tensor:
+        """Take ``activations.x`` through ``parts``; the result is in the last one's layout, that of the model in its frames.
+
+        ``space`` are the spatial tokens of a frame; ``first`` is the place of the first part among the model's blocks, from 0.
         """
         x, time, modulation, tokens, mask = activations
         frames, batch = time.shape[:2]
         # With sequence_dim the tensor ranks divide the tokens first: each group along the sequence axis knows its own alone.
         space = space if self.tensor.sequence_dim is None else space // self.tensor.size
-        layout = Layout(DIMS, (frames, batch, space, self.config.hidden), sharded=self.sharded(over_before))
+        layouts = self.layouts(frames, batch, space)
+        layout = Layout(DIMS, (frames, batch, space, self.config.hidden), sharded=layouts[first])
         region = Region(layout, self.group, sharing=self.tensor.sharing(self.config.hidden))
-        over_ranks = None
-        if self.group is not None and self.backend != "dsp":
-            over_ranks = attention_over_ranks(self.backend, frames, self.group)
         rotations = time_rotations(frames, self.config.hidden // self.config.heads, like=x)
         sides = (self.tensor.beside(modulation), self.tensor.part(tokens), mask, rotations)
         stages = []
         for index, part in enumerate(parts, start=first):
+            sharded = layouts[index + 1]
             if isinstance(part, Head):
-                stages.append(Stage(partial(self._head, part, region, time), self.sharded(None), "head"))
+                stages.append(Stage(partial(self._head, part, region, time), sharded, "head"))
             else:
-                name = f"{'spatial' if part.over == 'space' else 'temporal'} {index // 2}"
-                stages.append(Stage(partial(self._block, part, region, sides, over_ranks), self.sharded(part.over), name))
-        return region.run(stages, x, independent="batch")
+                over_ranks = self._over_ranks(part.over, sharded, region)
+                name = f"{_NAMES[part.over]} {index // 2}"
+                compute = partial(self._block, part, region, sides, over_ranks)
+                stages.append(Stage(compute, sharded, name, mixes_sharded=over_ranks is not None))
+        x = region.run(stages, x, independent="batch")
+        if parts and isinstance(parts[-1], Head) and layouts[-1] != region.layout.sharded:
+            # Patches are narrower than tokens, and all tensor ranks have all of them.
+            gather, split = DIMS.index(region.layout.sharded or ""), DIMS.index(layouts[-1])
+            x = switch(x, gather=gather, split=split, size=layout.sizes[gather], group=self.group, stage="output")
+        return x
+
+    def _over_ranks(self, over: Over, sharded: str, region: Region) -> OverRanks | None:
+        """What attends over ``over`` where ``sharded`` is a part of it that is sharded; None: the block has all of it."""
+        if self.group is None or self.group.size() == 1 or over not in (sharded, "all"):
+            return None
+        return attention_over_ranks(self.backend, over, sharded, region.layout, self.group)
 
     def _block(
         self,
@@ -351,16 +387,56 @@ class Way(NamedTuple):
     ) -> Tensor:
         modulation, tokens, mask, rotations = sides
         local = [_local(region, modulation, "time", "batch"), _local(region, tokens, "batch"), _local(region, mask, "batch")]
-        if block.over == "time":
+        if block.over != "space":
             local.append(_local(region, rotations, "time"))
-        else:
-            over_ranks = None  # all of space is here
         if self.recompute and torch.is_grad_enabled():
             return checkpoint(block, x, *local, over_ranks=over_ranks, use_reentrant=False)
         return block(x, *local, over_ranks=over_ranks)
 
     def _head(self, head: Head, region: Region, time: Tensor, x: Tensor) -> Tensor:
         return head(self.tensor.whole(x), _local(region, time, "time", "batch"))
+
+
+_NAMES = {"space": "spatial", "time": "temporal", "all": "full"}
+
+
+@torch.compiler.assume_constant_result  # a compiler would trace the planner; it is a function of its arguments alone
+def _layouts(
+    config: VideoDiTConfig, backend: str, ranks: int, tensor: int, head_moves: bool, frames: int, batch: int, space: int
+) -> tuple[str, ...]:
+    plan = _plan(config, backend, ranks, tensor, head_moves, frames, batch, space, 1)
+    return tuple(cast(str, layout) for layout in ("time", *plan.layouts, plan.after.target))
+
+
+@lru_cache(maxsize=256)
+def _plan(
+    config: VideoDiTConfig,
+    backend: str,
+    ranks: int,
+    tensor: int,
+    head_moves: bool,
+    frames: int,
+    batch: int,
+    space: int,
+    element_size: int,
+) -> Plan:
+    """That of `Way.plan`. ``head_moves``: whether the head may run on any shard."""
+    attention = Attention(config.heads // tensor, config.hidden // config.heads * element_size, ring=backend == "ring")
+    mixed = {"space": ("space",), "time": ("time",), "all": ("time", "space")}
+    stages = [
+        # DSP keeps the shard on a dim that a block does not mix, where there is one. With Ulysses and Ring it never moves.
+        StageNeeds(f"{_NAMES[over]} {index // 2}", mixed[over], attention if backend != "dsp" or over == "all" else None)
+        for index, over in enumerate(config.block_dims)
+    ]
+    return cheapest_plan(
+        [*stages, StageNeeds("head", () if head_moves else ("space",))],
+        {"time": frames, "batch": batch, "space": space},
+        ranks=ranks,
+        shardable=("time", "space") if backend == "dsp" else ("time",),
+        bytes_per_position=[config.hidden * element_size] * (len(stages) + 1) + [config.patch_channels * element_size],
+        start="time",
+        end="time",
+    )
 
 
 def _local(region: Region, side: Tensor, *names: str) -> Tensor:
@@ -434,13 +510,17 @@ def check_inputs(
         )
 
 
-def attention_over_ranks(backend: str, frames: int, group: ProcessGroup) -> OverRanks:
-    """What attends over time, of ``frames`` token frames, where time is sharded."""
+def attention_over_ranks(backend: str, over: Over, sharded: str, layout: Layout, group: ProcessGroup) -> OverRanks:
+    """What attends over ``over`` where its dim ``sharded`` is sharded.
+
+    Over all tokens Ring works as over time; the other backends move the shard to the heads.
+    """
     overlap = exchange_of(group).overlap
     # Which number of chunks is fastest is measured for DSP's stages alone.
-    chunks = overlap.chunks if isinstance(overlap, FixedOverlap) else 1
+    chunks = overlap.chunks if isinstance(overlap, FixedOverlap) and over != "all" else 1
 
-    where: Any = {"over": 0, "heads": 3, "size": frames, "group": group, "stage": "temporal"}
+    dim, stage = DIMS.index(sharded), _NAMES[over]
+    where: Any = {"over": dim, "heads": 3, "size": layout.sizes[dim], "group": group, "stage": stage}
 
     def by_ulysses(module: SelfAttention, x: Tensor, rotations: Tensor | None) -> Tensor:
         return module.finish(ulysses(module.attend, *module.project(x, rotations), **where))
@@ -452,12 +532,12 @@ def attention_over_ranks(backend: str, frames: int, group: ProcessGroup) -> Over
     def by_ring(module: SelfAttention, x: Tensor, rotations: Tensor | None) -> Tensor:
         query, key, value = module.project(x, rotations)
         batched = (module.batched(each) for each in (query, key, value))
-        return module.finish(module.stored(ring(*batched, size=frames, group=group, stage="temporal"), query))
+        size = layout.size("time") * (layout.size("space") if over == "all" else 1)
+        return module.finish(module.stored(ring(*batched, size=size, group=group, stage=stage), query))
 
-    known = {"ulysses": by_ulysses if chunks == 1 else by_ulysses_in_chunks, "ring": by_ring}
-    if backend not in known:
-        raise UsageError(f"backend={backend!r} is not known; use one of: dsp, {', '.join(known)}")
-    return known[backend]
+    if backend == "ring":
+        return by_ring
+    return by_ulysses if chunks == 1 else by_ulysses_in_chunks
 
 
 def modulated_norm(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:

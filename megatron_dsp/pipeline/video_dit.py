@@ -68,7 +68,7 @@ class PipelinedVideoDiT(PipelineModule):
         recompute: bool = False,
     ) -> None:
         tensor = TensorParallel() if tensor is None else tensor
-        blocks = [(Block, config, over, tensor) for _ in range(config.layers) for over in ("space", "time")]
+        blocks = [(Block, config, over, tensor) for over in config.block_dims]
         parts: list[tuple[Any, ...]] = [(Embedding, config), *blocks, (Head, config)]
         if mesh.size("pipe") > len(parts):
             raise UsageError(f"pipe={mesh.size('pipe')} is more than the {len(parts)} parts of the model; lower it")
@@ -80,9 +80,6 @@ class PipelinedVideoDiT(PipelineModule):
         self._way = Way(config, tensor, self._group, backend, recompute)
         first, stop = self._local_start, self._local_stop
         self._first = first - 1  # the embedding is no block
-        before = parts[first - 1] if first else None
-        # Its layout alone matters: the weights are another rank's.
-        self._over_before = before[2] if before is not None and before[0] is Block else None
         self._is_first, self._is_last = first == 0, stop == len(parts)
 
     def _count_layer_params(self) -> list[int]:
@@ -103,7 +100,7 @@ class PipelinedVideoDiT(PipelineModule):
         else:
             time, modulation, tokens, x, mask, marks = inputs
             entering, space = Activations(x, time, modulation, tokens, mask.bool()), len(marks)
-        x = self._way.run(parts, entering, space=space, first=max(self._first, 0), over_before=self._over_before)
+        x = self._way.run(parts, entering, space=space, first=max(self._first, 0))
         if self._is_last:
             return _Used.apply(x, entering.time, entering.modulation, entering.tokens)
         marks = x.new_zeros(space, dtype=torch.uint8)  # says how many spatial tokens there are, by its length

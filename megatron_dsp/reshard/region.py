@@ -21,11 +21,15 @@ class Stage(NamedTuple):
 
     ``compute`` gets the activation, or a chunk of it along a dim that it does not mix, and returns it in the same sizes, those
     of the last dim aside. Side inputs it takes from `Region.local`, which knows of the chunk.
+
+    A stage that ``mixes_sharded`` attends over the dim that is sharded, with collectives of its own (`embedded`): it and the
+    stages around it run whole.
     """
 
     compute: Callable[[Tensor], Tensor]
     sharded: str
     name: str = ""
+    mixes_sharded: bool = False
 
 
 class Sharing(Protocol):
@@ -66,7 +70,7 @@ class Region:
         if self.group is not None and self.group.size() > 1 and not torch.compiler.is_compiling():
             overlap = exchange_of(self.group).overlap
         sharded = {stage.sharded for stage in stages}
-        if overlap is not None and len(sharded) > 1:
+        if overlap is not None and len(sharded) > 1 and not any(stage.mixes_sharded for stage in stages):
             # A dim that a stage has sharded cannot be sliced for all of them.
             schedule, x = overlap.enter(self, stages, x, None if independent in sharded else independent)
             if not schedule.plain:

@@ -32,6 +32,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("model and data")
     group.add_argument("--model", choices=sorted(PRESETS), default="tiny")
     group.add_argument(
+        "--full-attention-every",
+        type=int,
+        metavar="PAIRS",
+        help="the temporal block of every so many layer pairs attends over all tokens of all frames (default: none does)",
+    )
+    group.add_argument(
         "--data-path",
         type=Path,
         help="folder of videos, one video, an .npy array, or a folder of latents in .safetensors and .tar shards; "
@@ -65,12 +71,17 @@ def add_checkpoint_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--bf16", action="store_true", help="compute in bf16; default: fp32")
 
 
+def model_preset(arguments: argparse.Namespace) -> VideoDiTConfig:
+    """The model's sizes before the data is known, which has channels and text of its own."""
+    return replace(PRESETS[arguments.model], full_attention_every=arguments.full_attention_every)
+
+
 def open_data(arguments: argparse.Namespace, mesh: Mesh, batch: int) -> tuple[VideoDiTConfig, VideoBatches, VideoBatches]:
     """The model's sizes for the data that ``--data-path`` names, training batches and validation batches.
 
     ``batch`` is the number of samples of a step, all of one bucket.
     """
-    preset = PRESETS[arguments.model]
+    preset = model_preset(arguments)
     with _first_rank_of_host_first(mesh):
         parts = _samples(arguments, preset)
     sizes = replace(preset, channels=parts[0].shape(0).channels, conditioning_size=parts[0].conditioning_width)

@@ -166,9 +166,9 @@ def test_picture_validation_and_tensorboard_without_a_compiler(small, tmp_path):
     assert list((tmp_path / "tensorboard").iterdir())
     for figure in ("samples a second", "peak memory a rank"):
         assert figure in output.split("summary:")[1]
-    # 12 switches forward and backward of T_r B (S - S_r) C: rank 0 holds 3 of 5 frames and 8 of 15 tokens.
-    there, back = 3 * 4 * (15 - 8) * 96 * 4, (5 - 3) * 4 * 8 * 96 * 4
-    assert f"switch bytes a step and rank: {6 * (there + back):,}" in output
+    # 12 switches forward and backward of T_r B (S - S_r) C: rank 0 holds 3 of 5 frames and 8 of 15 tokens. Two are of patches.
+    there, back = 3 * 4 * (15 - 8) * 4, (5 - 3) * 4 * 8 * 4
+    assert f"switch bytes a step and rank: {(5 * 96 + 3 * 4 * 4) * (there + back):,}" in output
 
 
 def _bad(tmp_path: Path) -> dict[str, tuple[list[object], str]]:

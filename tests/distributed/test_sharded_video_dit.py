@@ -14,13 +14,14 @@ from megatron_dsp.reshard.exchange import exchange_of
 LAYERS = 2
 
 
-def _compare(T: int, H: int, W: int, patch: tuple[int, int, int], backend: str, overlap: FixedOverlap | None = None) -> None:
-    group = dist.group.WORLD
-    exchange_of(group).overlap = overlap
+def compare(
+    config: VideoDiTConfig, T: int, H: int, W: int, backend: str = "dsp", *, recompute: bool = False
+) -> tuple[dsp.Ledger, int]:
+    """Compare outputs and averaged gradients with one process; what was moved, and the samples of the batch."""
+    group, patch = dist.group.WORLD, config.patch
     rank, size = group.rank(), group.size()
     torch.manual_seed(0)
-    config = VideoDiTConfig(layers=LAYERS, hidden=16, heads=2, conditioning_size=6, patch=patch)
-    model = VideoDiT(config).double()
+    model = VideoDiT(config, recompute=recompute).double()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter += 0.2 * torch.randn_like(parameter)
@@ -49,7 +50,16 @@ def _compare(T: int, H: int, W: int, patch: tuple[int, int, int], backend: str, 
         # Key biases have no gradient but rounding: hence the floor.
         error = (parameter.grad / size - references[name]).abs() - 1e-10 * references[name].abs()
         assert error.max() < 1e-13, name
+    return moved, B
 
+
+def _compare(T: int, H: int, W: int, patch: tuple[int, int, int], backend: str, overlap: FixedOverlap | None = None) -> None:
+    group = dist.group.WORLD
+    exchange_of(group).overlap = overlap
+    rank, size, tokens = group.rank(), group.size(), -(-T // patch[0])
+    start, stop = dsp.shard_range(tokens, size, rank)
+    config = VideoDiTConfig(layers=LAYERS, hidden=16, heads=2, conditioning_size=6, patch=patch)
+    moved, B = compare(config, T, H, W, backend)
     if backend != "dsp":
         calls = {operation: calls for operation, (calls, _) in moved.by("operation").items()}
         # A layer: Ulysses takes q, k, v there and the result back; Ring sends blocks round, and their gradients.
@@ -59,20 +69,24 @@ def _compare(T: int, H: int, W: int, patch: tuple[int, int, int], backend: str, 
         )
         assert calls == {name: LAYERS * forward, name + " adjoint": LAYERS * backward}
         return
-    # Two switches a layer pair, forward and backward, of the bytes that the shards say.
+    # Two switches a layer pair, forward and backward, of the bytes that the shards say. The last one is of tokens, or of
+    # patches behind the head: of what is narrower.
     S = -(-H // patch[1]) * -(-W // patch[2])
     T_r, S_r = stop - start, dsp.shard_sizes(S, size)[rank]
-    there, back = T_r * B * (S - S_r) * 16 * 8, (tokens - T_r) * B * S_r * 16 * 8
+    there, back = T_r * B * (S - S_r) * 8, (tokens - T_r) * B * S_r * 8  # bytes of a channel
     calls = 2 * LAYERS
     if overlap is not None:  # chunks of time, of space, or slices of the batch
         chunks = {"time": min(overlap.chunks, tokens // size), "space": min(overlap.chunks, S // size), "batch": B}
         dims = ("time", "space") if overlap.along == "sharded" else (overlap.along, overlap.along)
-        calls = LAYERS * sum(chunks[dim] for dim in dims)
+        calls = LAYERS * chunks[dims[0]] + (LAYERS - 1) * chunks[dims[1]] + 1
+        if config.patch_channels > 16:  # the last one is between stages too
+            calls += chunks[dims[1]] - 1
+    last = min(16, config.patch_channels)
     assert moved.by("operation") == {
-        "switch": (calls, LAYERS * (there + back)),
-        "switch adjoint": (calls, LAYERS * (there + back)),
+        "switch": (calls, 16 * (LAYERS * there + (LAYERS - 1) * back) + last * back),
+        "switch adjoint": (calls, 16 * (LAYERS * back + (LAYERS - 1) * there) + last * there),
     }
-    assert sorted(moved.by("stage")) == ["head", "spatial 1", "temporal 0", "temporal 1"]
+    assert sorted(moved.by("stage")) == ["head" if last == 16 else "output", "spatial 1", "temporal 0", "temporal 1"]
 
 
 @pytest.mark.parametrize(

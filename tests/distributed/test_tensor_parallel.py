@@ -85,14 +85,15 @@ def test_with_overlap_and_other_backends(ranks, backend, chunks, sequence_dim):
 def test_each_byte_of_a_switch_is_sent_once(ranks, sequence_dim, chunks):
     T, H, sequence = 6, 4, 2
     S = H // 2 * 8 // 2
-    whole = (
-        2 * CONFIG.layers * (T // sequence) * B * (S // sequence) * CONFIG.hidden * 8
-    )  # what one rank switches with tensor 1
+    positions = (T // sequence) * B * (S // sequence) * 8  # bytes of a channel that one rank sends in a switch
+    # All switches but the last are of tokens; that one comes after the head, unless tensor ranks have shards of space there.
+    tokens, patches = (2 * CONFIG.layers - 1) * positions * CONFIG.hidden, positions * CONFIG.patch_channels
     naive = ranks(2, _compare, 1, sequence, T, H, None, False, "dsp", chunks)
     shared = ranks(4, _compare, 2, sequence, T, H, sequence_dim, False, "dsp", chunks)
     for operation in ("switch", "switch adjoint"):
-        assert {moved[operation][1] for moved in naive} == {whole}
-        assert {moved[operation][1] for moved in shared} == {whole // 2}
+        assert {moved[operation][1] for moved in naive} == {tokens + patches}
+        last = patches if sequence_dim is None else positions * CONFIG.hidden // 2
+        assert {moved[operation][1] for moved in shared} == {tokens // 2 + last}
 
 
 def test_with_one_sequence_rank_no_switch_is_completed(ranks):

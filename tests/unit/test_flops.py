@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -17,8 +19,12 @@ UNEVEN = VideoDiTConfig(layers=2, hidden=24, heads=3, conditioning_size=10, patc
 
 @pytest.mark.parametrize(
     ("config", "frames", "height", "width", "conditioning_tokens", "batch"),
-    [(PRESETS["tiny"], 8, 32, 48, 4, 2), (UNEVEN, 7, 31, 27, 5, 3)],
-    ids=["tiny", "uneven"],
+    [
+        (PRESETS["tiny"], 8, 32, 48, 4, 2),
+        (UNEVEN, 7, 31, 27, 5, 3),
+        (replace(UNEVEN, full_attention_every=2), 7, 31, 27, 5, 3),
+    ],
+    ids=["tiny", "uneven", "full attention"],
 )
 def test_flops_are_those_that_torch_counts(config, frames, height, width, conditioning_tokens, batch):
     model = VideoDiT(config)

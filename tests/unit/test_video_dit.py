@@ -347,3 +347,13 @@ def test_a_config_that_cannot_work_is_refused(change: dict, message: str) -> Non
 def test_inputs_that_do_not_fit_are_refused(change: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         VideoDiT(CONFIG).double()(**{**inputs(), **change})
+
+
+def test_a_compiled_model_takes_clips_of_any_size():
+    """As one graph, in which a plan of layouts is a constant."""
+    model = VideoDiT(VideoDiTConfig(layers=2, hidden=16, heads=2, conditioning_size=6, full_attention_every=2))
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    mask = torch.ones(1, 3, dtype=torch.bool)
+    for frames, height in ((3, 4), (4, 6), (5, 8)):
+        inputs = torch.randn(frames, 1, 3, height, 4), torch.rand(frames, 1), torch.randn(1, 3, 6), mask
+        torch.testing.assert_close(compiled(*inputs), model(*inputs))
