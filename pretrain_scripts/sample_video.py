@@ -40,9 +40,8 @@ def parse() -> argparse.Namespace:
 def main() -> None:
     arguments = parse()
     config = flags.settings(arguments)
-    for flag in ("num_samples", "micro_batch_size", "sample_steps"):
-        if getattr(arguments, flag) < 1:
-            raise dsp.UsageError(f"--{flag.replace('_', '-')} {getattr(arguments, flag)}: must be at least 1")
+    if arguments.sample_steps < 1:
+        raise dsp.UsageError(f"--sample-steps {arguments.sample_steps}: must be at least 1")
     mesh = dsp.initialize(config)
     micro = arguments.micro_batch_size
     sizes, training, validation = video_data.open_data(arguments, mesh, micro)

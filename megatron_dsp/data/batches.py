@@ -12,6 +12,7 @@ import torch
 from megatron_dsp.data import draws
 from megatron_dsp.data.buckets import BucketOrder
 from megatron_dsp.data.samples import Samples, Shape
+from megatron_dsp.errors import UsageError
 
 
 @dataclass(frozen=True)
@@ -52,14 +53,14 @@ class VideoBatches:
 
     def __post_init__(self) -> None:
         if len(self.patch) != 3 or min(self.patch) < 1:
-            raise ValueError(f"patch={self.patch} must be three numbers >= 1: frames, rows and columns of a token")
+            raise UsageError(f"patch={self.patch} must be three numbers >= 1: frames, rows and columns of a token")
         for name in ("drop_probability", "clean_frame_probability"):
             if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be in 0 .. 1")
+                raise UsageError(f"{name}={getattr(self, name)} must be in 0 .. 1")
         for name in ("global_batch_size", "timestep_base_tokens"):
             value = getattr(self, name)
             if value is not None and value < 1:
-                raise ValueError(f"{name}={value} must be >= 1")
+                raise UsageError(f"{name}={value} must be >= 1")
 
     @cached_property
     def _order(self) -> BucketOrder:

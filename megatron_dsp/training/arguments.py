@@ -44,6 +44,8 @@ _LEAST = {
     "lr_decay_iters": 1,
     "seed": 0,
     "dry_run": 1,
+    "micro_batch_size": 1,
+    "num_samples": 1,
     "stage_timers_interval": 0,
     "peak_tflops_per_device": 0.001,
 }
