@@ -60,6 +60,7 @@ def show_dry_run(arguments: argparse.Namespace, sizes: VideoDiTConfig, config: C
         sequence_parallel=arguments.sequence_parallel,
         recompute=arguments.recompute_granularity == "full",
         partition=arguments.pipeline_partition_method,
+        ema=arguments.ema_decay is not None,
     )
     dry_run.show(job, dry_run.dry_run(job), Console(width=max(Console().width, 110)))  # the tables' width
 

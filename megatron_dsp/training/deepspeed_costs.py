@@ -27,6 +27,7 @@ import torch
 from megatron_dsp.config import Config
 from megatron_dsp.errors import UsageError
 from megatron_dsp.reshard.exchange import ring_all_reduce_bytes
+from megatron_dsp.training.deepspeed_engine import check_pipeline_config
 
 _FP32 = 4  # bytes
 _MOMENTS = 2  # of AdamW, a weight
@@ -72,6 +73,7 @@ class DeepSpeedCosts:
         most_persistent: ZeRO 3: and no more elements than these together.
         reuse: ZeRO 3: parameters that are used again within so many elements stay whole until then.
         prefetch: ZeRO 3: so many elements are gathered ahead of their use, and stay as those.
+        kept_beside: fp32 values a weight beside the weights themselves: AdamW's moments, and an average of the weights.
     """
 
     stage: int
@@ -85,17 +87,20 @@ class DeepSpeedCosts:
     most_persistent: int
     reuse: int
     prefetch: int
+    kept_beside: int
 
     @staticmethod
-    def of(config: Config) -> DeepSpeedCosts:
-        """Those of a ds_config. Errors: UsageError for what is not known here."""
+    def of(config: Config, *, ema: bool = False) -> DeepSpeedCosts:
+        """Those of a ds_config; ``ema``: and of an `EMA`. Errors: UsageError for what cannot run, or is not known here."""
         raw, zero = config.deepspeed, config.deepspeed.get("zero_optimization", {})
         stage, pipelined = zero.get("stage", 0), config.mesh.pipe > 1
         dtype = torch.float32
         for section, half in (("bf16", torch.bfloat16), ("fp16", torch.float16)):
             if raw.get(section, {}).get("enabled", False):
                 dtype = half
-        _check(raw, stage, dtype, pipelined)
+        if pipelined:
+            check_pipeline_config(config)
+        _check(raw, stage, dtype)
         accumulate = _dtype(raw, "grad_accum_dtype", raw.get("data_types", {}).get("grad_accum_dtype"), dtype)
         # DeepSpeed has an optimizer of its own for this, without buckets.
         bf16_optimizer = (stage, dtype, accumulate) == (1, torch.bfloat16, torch.float32)
@@ -114,24 +119,25 @@ class DeepSpeedCosts:
             most_persistent=int(zero.get("stage3_model_persistence_threshold", 2**63 - 1)),
             reuse=int(zero.get("stage3_max_reuse_distance", 1e9)),
             prefetch=int(zero.get("stage3_prefetch_bucket_size", 5e7)),
+            kept_beside=_MOMENTS + ema,
         )
 
     def kept(self, parameters: list[int], ranks: int, micro_batches: int) -> Kept:
         """What a rank keeps of parameters with so many elements each, in the order in which they run; N = ``ranks``."""
         count, width = sum(parameters), self.dtype.itemsize
         if self.stage == 0:
-            return Kept(count * width, count * self.accumulate.itemsize, _MOMENTS * count * _FP32, 0)
+            return Kept(count * width, count * self.accumulate.itemsize, self.kept_beside * count * _FP32, 0)
         if self.stage == 3:
             part = sum(-(-size // ranks) for size in parameters)
             whole = sum(self._persistent(parameters)) + sum(self._reused(parameters))
             return Kept(
                 (part + whole) * width,
                 part * self.accumulate.itemsize,
-                (1 + _MOMENTS) * part * _FP32,
+                (1 + self.kept_beside) * part * _FP32,
                 self.bucket * self.communicate.itemsize,
             )
         flat = _aligned(count, ranks)
-        optimizer = (1 + _MOMENTS) * flat // ranks * _FP32
+        optimizer = (1 + self.kept_beside) * flat // ranks * _FP32
         if self.stage == 2:
             gradients = self._partition(parameters, flat // ranks, micro_batches)
             return Kept(flat * width, gradients, optimizer, self._bucket_bytes(width))
@@ -198,10 +204,8 @@ def _dtype(raw: dict[str, Any], key: str, name: str | None, default: torch.dtype
     return _DTYPES[name]
 
 
-def _check(raw: dict[str, Any], stage: int, dtype: torch.dtype, pipelined: bool) -> None:
-    """Refuse what DeepSpeed or this arithmetic does not know."""
-    if pipelined and stage > 1:
-        raise UsageError(f"zero_optimization.stage={stage} with a pipeline: DeepSpeed takes stage 0 or 1 there; use stage 1")
+def _check(raw: dict[str, Any], stage: int, dtype: torch.dtype) -> None:
+    """Refuse what this arithmetic does not know."""
     if stage == 0 and dtype != torch.float32:
         raise UsageError(f"zero_optimization.stage=0 with {dtype}: a dry run knows fp32 there alone; use stage 1")
     for key in ("offload_optimizer", "offload_param"):

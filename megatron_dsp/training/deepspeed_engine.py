@@ -101,9 +101,8 @@ def _check_degrees(settings: configs.Config, mesh: Mesh) -> None:
 
 
 def _check_pipeline(model: nn.Module, settings: configs.Config, mesh: Mesh) -> None:
-    """Refuse what DeepSpeed's pipelines cannot do, or do wrongly (docs/parallelism.md)."""
+    """Refuse a model that does not fit the pipe axis, and what DeepSpeed's pipelines cannot do, or do wrongly."""
     from deepspeed.pipe import PipelineModule
-    from deepspeed.runtime.config import get_gradient_clipping
 
     degree = mesh.size("pipe")
     if not isinstance(model, PipelineModule):
@@ -119,20 +118,27 @@ def _check_pipeline(model: nn.Module, settings: configs.Config, mesh: Mesh) -> N
             f"the pipeline's topology {given} is not this mesh's {expected} (its data axis is data x sequence); make it with "
             "megatron_dsp.pipeline.topology(mesh)"
         )
+    check_pipeline_config(settings)
+    for key in ("pipe_partitioned", "grad_partitioned"):
+        if settings.deepspeed.get("pipeline", {}).get(key):
+            raise UsageError(f"pipeline.{key}=true sends no gradients of side inputs; remove it")
+
+
+def check_pipeline_config(settings: configs.Config) -> None:
+    """Refuse what DeepSpeed's pipelines do not do, or do wrongly (docs/parallelism.md). Errors: UsageError."""
+    from deepspeed.runtime.config import get_gradient_clipping
+
     stage = settings.deepspeed.get("zero_optimization", {}).get("stage", 0)
     if stage > 1:
         raise UsageError(
             f"zero_optimization.stage={stage} with a pipeline: DeepSpeed has no gradient shards there; use stage 0 or 1"
         )
     clipping = get_gradient_clipping(settings.deepspeed)  # where it is not given, DeepSpeed has a default above 0
-    if stage == 0 and degree > 1 and clipping > 0:
+    if stage == 0 and settings.mesh.pipe > 1 and clipping > 0:
         raise UsageError(
             f"gradient_clipping={clipping} with a pipeline in ZeRO stage 0: DeepSpeed leaves the later stages out of the norm; "
             'give "gradient_clipping": 0, or use stage 1'
         )
-    for key in ("pipe_partitioned", "grad_partitioned"):
-        if settings.deepspeed.get("pipeline", {}).get(key):
-            raise UsageError(f"pipeline.{key}=true sends no gradients of side inputs; remove it")
 
 
 def _report_true_batch_sizes(engine: Any, data: int) -> None:

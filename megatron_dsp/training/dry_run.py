@@ -46,6 +46,7 @@ class Job:
         sequence_parallel: Megatron's --sequence-parallel.
         recompute: whether blocks are computed again in backward.
         partition: DeepSpeed's partition_method of a pipeline.
+        ema: whether an average of the weights is kept.
     """
 
     model: VideoDiTConfig
@@ -58,6 +59,7 @@ class Job:
     sequence_parallel: bool = False
     recompute: bool = False
     partition: str = "parameters"
+    ema: bool = False
 
     @property
     def grid(self) -> RankGrid:
@@ -113,7 +115,7 @@ def dry_run(job: Job) -> list[RankCosts]:
 def rank_costs(job: Job, rank: int) -> RankCosts:
     """What ``rank`` takes. Errors: as `dry_run`."""
     grid, (_, micro, steps) = job.grid, job.batch_sizes
-    costs = DeepSpeedCosts.of(job.config)
+    costs = DeepSpeedCosts.of(job.config, ema=job.ema)
     stage, pipe = grid.coordinate(rank, "pipe"), grid.degrees["pipe"]
     with fake_world(job.world_size, rank):
         mesh = Mesh(**job.config.degrees)
@@ -292,7 +294,7 @@ def show(job: Job, ranks: list[RankCosts], console: Console) -> None:
     """Print tables of memory and of bytes, a row for each of ``ranks``, and what they rest on."""
     train, micro, steps = job.batch_sizes
     degrees = " x ".join(f"{axis} {job.grid.degrees[axis]}" for axis in reversed(AXES))
-    costs = DeepSpeedCosts.of(job.config)
+    costs = DeepSpeedCosts.of(job.config, ema=job.ema)
     console.print(
         f"dry run on {job.world_size} ranks = {degrees}; ZeRO {costs.stage}, {str(costs.dtype).removeprefix('torch.')}; "
         f"global batch size {train} = micro batch {micro} x accumulation {steps} x data {job.grid.degrees['data']}; "

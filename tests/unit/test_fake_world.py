@@ -113,7 +113,8 @@ def test_early_stages_hold_more_micro_batches():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"zero_optimization": {"stage": 2}, "mesh": {"pipe": 2}}, "stage=2 with a pipeline.*use stage 1"),
+        ({"zero_optimization": {"stage": 2}, "mesh": {"pipe": 2}}, "stage=2 with a pipeline.*use stage 0 or 1"),
+        ({"mesh": {"pipe": 2}}, "gradient_clipping=1.0 with a pipeline in ZeRO stage 0.*use stage 1"),
         ({"zero_optimization": {"stage": 0}, "bf16": {"enabled": True}}, "stage=0 with torch.bfloat16.*use stage 1"),
         ({"zero_optimization": {"stage": 3, "offload_param": {"device": "cpu"}}}, "offload_param.*remove it"),
         ({"optimizer": {"type": "SGD"}}, "optimizer.type='SGD'.*use one of them"),
@@ -123,6 +124,14 @@ def test_early_stages_hold_more_micro_batches():
 def test_what_a_dry_run_does_not_know_is_refused(changes, message):
     with pytest.raises(UsageError, match=message):
         DeepSpeedCosts.of(configs.load(changes))
+
+
+@pytest.mark.parametrize(("stage", "before"), [(0, 2), (1, 3), (2, 3), (3, 3)])
+def test_an_average_of_the_weights_is_one_more_fp32_copy(stage, before):
+    config = configs.load({"zero_optimization": {"stage": stage}})
+    without, with_average = (DeepSpeedCosts.of(config, ema=ema).kept([4000, 96], 4, 1) for ema in (False, True))
+    assert with_average.optimizer * before == without.optimizer * (before + 1)
+    assert with_average._replace(optimizer=0) == without._replace(optimizer=0)
 
 
 def test_refused_where_a_job_runs():
