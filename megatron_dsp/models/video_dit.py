@@ -299,8 +299,8 @@ class VideoDiT(nn.Module):
             ValueError: if ``video`` does not hold the frames that belong to this rank.
         """
         check_inputs(self.config, group, video, timesteps, conditioning, conditioning_mask, conditioning_drop)
-        entering = self.embedding(video, timesteps, conditioning, conditioning_mask, conditioning_drop)
-        entering = entering._replace(x=self.tensor.shard(entering.x))
+        x, *others = self.embedding(video, timesteps, conditioning, conditioning_mask, conditioning_drop)
+        entering = Activations(self.tensor.shard(x), *others)
         h, w = grid_size(video.shape[3], video.shape[4], self.config.patch)
         way = Way(self.config, self.tensor, group, backend, self.recompute)
         patches = way.run([*self.blocks(), self.head], entering, space=h * w, first=0)
@@ -337,8 +337,10 @@ class Way(NamedTuple):
             raise UsageError(f"backend={self.backend!r} is not known; use one of: {', '.join(BACKENDS)}")
         ranks = 1 if self.group is None else self.group.size()
         head_moves = self.tensor.sequence_dim is None  # else tensor ranks divide space before the others do
+        heads = self.config.heads // self.tensor.size, self.config.hidden // self.config.heads
+        widths = self.config.hidden, self.config.patch_channels
         sizes = map(operator.index, (frames, batch, space))  # a compiler's symbols become numbers, on which the plan depends
-        return (self.config, self.backend, ranks, self.tensor.size, head_moves, *sizes)
+        return (tuple(self.config.block_dims), heads, widths, head_moves, self.backend, ranks, *sizes)
 
     def run(self, parts: Sequence[Block | Head], activations: Activations, *, space: int, first: int) -> Tensor:
         """Take ``activations.x`` through ``parts``; the result is in the last one's layout, that of the model in its frames.
@@ -401,39 +403,42 @@ _NAMES = {"space": "spatial", "time": "temporal", "all": "full"}
 
 
 @torch.compiler.assume_constant_result  # a compiler would trace the planner; it is a function of its arguments alone
-def _layouts(
-    config: VideoDiTConfig, backend: str, ranks: int, tensor: int, head_moves: bool, frames: int, batch: int, space: int
-) -> tuple[str, ...]:
-    plan = _plan(config, backend, ranks, tensor, head_moves, frames, batch, space, 1)
+def _layouts(*of_plan: Any) -> tuple[str, ...]:
+    plan = _plan(*of_plan, 1)
     return tuple(cast(str, layout) for layout in ("time", *plan.layouts, plan.after.target))
 
 
 @lru_cache(maxsize=256)
 def _plan(
-    config: VideoDiTConfig,
+    block_dims: tuple[Over, ...],
+    heads: tuple[int, int],
+    widths: tuple[int, int],
+    head_moves: bool,
     backend: str,
     ranks: int,
-    tensor: int,
-    head_moves: bool,
     frames: int,
     batch: int,
     space: int,
     element_size: int,
 ) -> Plan:
-    """That of `Way.plan`. ``head_moves``: whether the head may run on any shard."""
-    attention = Attention(config.heads // tensor, config.hidden // config.heads * element_size, ring=backend == "ring")
+    """That of `Way.plan`, of plain numbers, which compilers take for constants.
+
+    ``heads``: how many a rank has, and their size; ``widths``: channels of a token, and values of a patch; ``head_moves``:
+    whether the model's head may run on any shard.
+    """
+    attention = Attention(heads[0], heads[1] * element_size, ring=backend == "ring")
     mixed = {"space": ("space",), "time": ("time",), "all": ("time", "space")}
     stages = [
         # DSP keeps the shard on a dim that a block does not mix, where there is one. With Ulysses and Ring it never moves.
         StageNeeds(f"{_NAMES[over]} {index // 2}", mixed[over], attention if backend != "dsp" or over == "all" else None)
-        for index, over in enumerate(config.block_dims)
+        for index, over in enumerate(block_dims)
     ]
     return cheapest_plan(
         [*stages, StageNeeds("head", () if head_moves else ("space",))],
         {"time": frames, "batch": batch, "space": space},
         ranks=ranks,
         shardable=("time", "space") if backend == "dsp" else ("time",),
-        bytes_per_position=[config.hidden * element_size] * (len(stages) + 1) + [config.patch_channels * element_size],
+        bytes_per_position=[widths[0] * element_size] * (len(stages) + 1) + [widths[1] * element_size],
         start="time",
         end="time",
     )
