@@ -1,0 +1,80 @@
+"""Which dim is sharded before, in and after each module of a plan."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+from megatron_dsp.errors import UsageError
+from megatron_dsp.parallelize.pattern import parse
+from megatron_dsp.parallelize.plan import Needs, Plan
+from megatron_dsp.planner import StageNeeds, cheapest_plan
+
+
+class Route(NamedTuple):
+    """The sharded dim of a module's activation: as it comes, while the module runs, and as it goes on."""
+
+    before: str
+    inside: str
+    after: str
+
+
+class Routes(NamedTuple):
+    """The sharded dim where the activation enters, each planned module's route, and the dim sharded where it leaves."""
+
+    start: str
+    modules: Mapping[str, Route]
+    end: str
+
+
+def find_routes(
+    plan: Plan, planned: Mapping[str, Needs], sizes: Mapping[str, int], *, bytes_per_position: int, ranks: int
+) -> Routes:
+    """The routes of the modules ``planned``, in the order in which they run.
+
+    ``sizes`` are the global sizes of the activation that enters, in storage order, without the channels, which
+    ``bytes_per_position`` holds. Pure arithmetic: all ranks find the same.
+
+    Errors: UsageError where the ranks are too many for what a module needs.
+    """
+    if plan.shard is not None and sizes[plan.shard] < ranks:
+        raise UsageError(
+            f"{plan.shard}={sizes[plan.shard]} leaves some of {ranks} ranks without any; use at most as many ranks"
+        )
+    stages = [_stage(name, needs, plan, sizes, ranks) for name, needs in planned.items()]
+
+    def layouts(chain: list[StageNeeds], end: str | None) -> tuple[str, ...]:
+        found = cheapest_plan(
+            chain, sizes, ranks=ranks, shardable=plan.dims, bytes_per_position=bytes_per_position, start=plan.shard, end=end
+        )
+        return tuple(dim for dim in found.layouts if dim is not None)  # None is for stages that may run whole; none may here
+
+    if plan.switching == "lazy":
+        chain = layouts(stages, end=None)
+        start = chain[0] if plan.shard is None else plan.shard
+        steps = zip(planned, (start, *chain), chain, strict=False)
+        return Routes(start, {name: Route(before, inside, inside) for name, before, inside in steps}, chain[-1])
+    shard = str(plan.shard)
+    inside = {stage.name: shard if shard not in stage.mixes else layouts([stage], end=shard)[0] for stage in stages}
+    return Routes(shard, {name: Route(shard, dim, shard) for name, dim in inside.items()}, shard)
+
+
+def _stage(name: str, needs: Needs, plan: Plan, sizes: Mapping[str, int], ranks: int) -> StageNeeds:
+    """What is not to be sharded while the module runs: what it mixes, what its pattern does not name, what is too small."""
+    small = [dim for dim in plan.dims if ranks > 1 and sizes[dim] // ranks < needs.least]
+    if plan.switching == "around" and plan.shard in small and plan.shard not in needs.mixes:
+        raise UsageError(_too_small(name, [str(plan.shard)], needs, sizes, ranks))
+    named = parse(needs.pattern).names
+    kept = tuple(dict.fromkeys([*needs.mixes, *(dim for dim in plan.dims if dim not in named), *small]))
+    if not set(plan.dims) - set(kept):
+        raise UsageError(_too_small(name, [dim for dim in small if dim not in needs.mixes], needs, sizes, ranks))
+    return StageNeeds(name, kept)
+
+
+def _too_small(name: str, dims: list[str], needs: Needs, sizes: Mapping[str, int], ranks: int) -> str:
+    given = " and ".join(f"{dim}={sizes[dim]}" for dim in dims)
+    most = max(sizes[dim] for dim in dims) // needs.least
+    return (
+        f"module {name!r} runs with {' or '.join(dims)} sharded and needs at least {needs.least} on each rank; {given} over "
+        f"{ranks} ranks leaves fewer: use at most {most} ranks, or larger sizes"
+    )

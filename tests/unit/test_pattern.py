@@ -1,0 +1,177 @@
+"""Patterns of dims, and plans that contradict themselves: arithmetic, no processes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+import megatron_dsp as dsp
+from megatron_dsp.parallelize import Boundary, Carried, LocalSize, Needs, Plan, Slice
+from megatron_dsp.parallelize.match import check_boundaries, planned_modules
+from megatron_dsp.parallelize.pattern import parse
+from megatron_dsp.parallelize.routes import Route, find_routes
+
+
+def test_names_and_groups():
+    pattern = parse(" (B T)  S C ")
+    assert pattern.groups == (("B", "T"), ("S",), ("C",))
+    assert pattern.names == ("B", "T", "S", "C")
+
+
+@pytest.mark.parametrize("text", ["", "()", "(B T S", "B ((T) S)", "B ... C", "B 1 C", "B, T"])
+def test_what_is_no_pattern(text):
+    with pytest.raises(dsp.UsageError, match="must be names of dims"):
+        parse(text)
+
+
+def test_a_dim_named_twice():
+    with pytest.raises(dsp.UsageError, match="names a dim twice"):
+        parse("(B T) S B")
+
+
+def test_one_size_of_a_dim_is_inferred():
+    assert parse("(B T) S C").sizes((14, 5, 3), {"T": 7, "S": 5}) == {"B": 2, "T": 7, "S": 5, "C": 3}
+
+
+@pytest.mark.parametrize(
+    ("shape", "message"),
+    [
+        ((14, 5), "has 3 dims, the tensor 2"),
+        ((13, 5, 3), "dim 0 must be a multiple of T=7"),
+        ((14, 4, 3), "dim 1 must be S=5"),
+    ],
+)
+def test_shapes_that_do_not_fit(shape, message):
+    with pytest.raises(ValueError, match=message):
+        parse("(B T) S C").sizes(shape, {"T": 7, "S": 5})
+
+
+def test_known_flattened_dims_must_multiply():
+    with pytest.raises(ValueError, match="dim 0 must be S=5 x T=7 = 35"):
+        parse("(S T) C").sizes((36, 2), {"S": 5, "T": 7})
+
+
+def test_flatten_and_back():
+    pattern, x = parse("(B T) (S P) C"), torch.arange(2 * 3 * 4 * 5 * 6).view(6, 20, 6)
+    sizes = pattern.sizes(x.shape, {"T": 3, "S": 4})
+    assert pattern.unflatten(x, sizes).shape == (2, 3, 4, 5, 6)
+    assert torch.equal(pattern.unflatten(x, sizes), x.view(2, 3, 4, 5, 6))
+    assert torch.equal(pattern.flatten(pattern.unflatten(x, sizes)), x)
+
+
+ENTER, LEAVE = Boundary("blocks.0", {0: "B T S C"}), Boundary("norm", {0: "B T S C"})
+TEMPORAL = Needs("(B S) T C", whole="T")
+SPATIAL = Needs("(B T) S C", whole="S")
+
+
+def _plan(**changes) -> Plan:
+    plan = {
+        "modules": {"blocks.*.temporal": TEMPORAL, "blocks.*.spatial": SPATIAL},
+        "enter": ENTER,
+        "leave": LEAVE,
+        "shard": "T",
+    }
+    return Plan(**{**plan, **changes})
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"modules": {}}, "at least one module"),
+        ({"switching": "eager"}, "switching='eager' must be"),
+        ({"shard": None}, "'around' needs shard="),
+        ({"switching": "lazy", "leave": None}, "without leave= is not built"),
+        ({"enter": Boundary("blocks.0", {0: "(B T) S C"})}, "sizes of dims that are flattened"),
+        ({"enter": Boundary("blocks.0", {0: "B T C"})}, "enter: the first pattern, 'B T C', must name 'S'"),
+        ({"leave": Boundary("norm", {0: "B S C"})}, "leave: the first pattern, 'B S C', must name 'T'"),
+        ({"modules": {"a": Needs("(B S) X C", whole="T")}}, "whole='T' is not in its pattern"),
+        ({"modules": {"a": Needs("B S C", whole="S")}}, "does not name 'T', the dim sharded between"),
+        ({"modules": {"a": Needs("(A B T) S C", whole="S")}}, "A and B in .* cannot be told apart"),
+        ({"modules": {"a": Needs("B T S C", whole=("T", "S"))}}, "none of T, S can be sharded then"),
+        (
+            {"modules": {"a": Needs("B T S C", whole="S", outputs={0: "B T C"})}},
+            "reduces over a dim that may be sharded is not built",
+        ),
+        ({"modules": {"a": Needs("B T S C", whole="S", least=0)}}, "least=0 must be at least 1"),
+        ({"modules": {"a": Needs("B T S C", whole="S", arguments={1: "B T"})}}, "say Slice"),
+        ({"modules": {"a": Needs("B T S C", whole="S", arguments={1: LocalSize("C")})}}, "'C' is none of the dims T, S"),
+        (
+            {"modules": {"a": Needs("B T S C", whole="S", arguments={1: Carried("B T")})}, "switching": "lazy"},
+            "Carried with switching='lazy' is not built",
+        ),
+        ({"enter": Boundary("a", {0: "B T S C", 1: "B T"}), "switching": "lazy"}, "built for one tensor"),
+    ],
+)
+def test_plans_that_contradict_themselves(changes, message):
+    with pytest.raises(dsp.UsageError, match=message):
+        _plan(**changes)
+
+
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.spatial, self.temporal = nn.Linear(2, 2), nn.Linear(2, 2)
+
+
+class Model(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.blocks, self.norm = nn.ModuleList([Block(), Block()]), nn.LayerNorm(2)
+
+
+def test_modules_are_matched_name_by_name():
+    planned = planned_modules(Model(), _plan())
+    assert list(planned) == ["blocks.0.spatial", "blocks.0.temporal", "blocks.1.spatial", "blocks.1.temporal"]
+    assert planned["blocks.1.temporal"] is TEMPORAL
+    assert list(planned_modules(Model(), _plan(modules={"blocks.*": SPATIAL}))) == ["blocks.0", "blocks.1"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"modules": {"blocks.*.temporl": TEMPORAL}, "shardable": ("T", "S")},
+            "'blocks.*.temporl' matches nothing; near are .*temporal",
+        ),
+        ({"modules": {"blocks.*.temporal": TEMPORAL, "blocks.0.*": SPATIAL}}, "matches both"),
+        ({"modules": {"blocks.*": TEMPORAL, "blocks.*.spatial": SPATIAL}}, "'blocks.0.spatial' stands in 'blocks.0'"),
+        ({"modules": {"norm": Needs("B T S C", arguments={"mask": Slice("B T")})}}, "argument 'mask' matches nothing"),
+        ({"modules": {"norm": Needs("B T S C", arguments={1: Slice("B T")})}}, "argument 1 does not exist"),
+        ({"enter": Boundary("block.0", {0: "B T S C"})}, "'block.0' matches nothing; near are blocks.0"),
+        ({"enter": Boundary("norm", {"inputs": "B T S C"})}, "argument 'inputs' matches nothing; near are input"),
+        ({"enter": Boundary("blocks.0.spatial", {0: "B T S C"}, after=True)}, "set its boundary before it"),
+        ({"leave": Boundary("blocks.1.spatial", {0: "B T S C"})}, "set its boundary after it"),
+    ],
+)
+def test_plans_that_do_not_fit_the_model(changes, message):
+    plan = _plan(**changes)
+    with pytest.raises(dsp.UsageError, match=message):
+        check_boundaries(Model(), plan, planned_modules(Model(), plan))
+
+
+def test_routes_around():
+    sizes = {"B": 1, "T": 8, "S": 6}
+    routes = find_routes(_plan(), {"s": SPATIAL, "t": TEMPORAL}, sizes, bytes_per_position=4, ranks=2)
+    assert routes.modules == {"s": Route("T", "T", "T"), "t": Route("T", "S", "T")}
+
+
+def test_routes_of_a_chain_are_the_planners():
+    plan = _plan(switching="lazy", shard=None)
+    planned = {f"{i}": TEMPORAL if dim == "t" else SPATIAL for i, dim in enumerate("ttstts")}
+    routes = find_routes(plan, planned, {"B": 1, "T": 16, "S": 64}, bytes_per_position=64, ranks=4)
+    assert (routes.start, [route.inside for route in routes.modules.values()], routes.end) == ("S", list("SSTSST"), "T")
+    assert [route.before for route in routes.modules.values()] == list("SSSTSS")
+
+
+@pytest.mark.parametrize(
+    ("planned", "sizes", "message"),
+    [
+        ({"t": TEMPORAL}, {"B": 1, "T": 2, "S": 9}, "T=2 leaves some of 4 ranks without any"),
+        ({"t": TEMPORAL}, {"B": 1, "T": 8, "S": 3}, "module 't' runs with S sharded and needs at least 1 .*S=3 over 4 ranks"),
+        ({"s": Needs("B T S C", "S", least=3)}, {"B": 1, "T": 11, "S": 9}, "module 's' .*at least 3 .*use at most 3 ranks"),
+    ],
+)
+def test_too_many_ranks(planned, sizes, message):
+    with pytest.raises(dsp.UsageError, match=message):
+        find_routes(_plan(), planned, sizes, bytes_per_position=4, ranks=4)
