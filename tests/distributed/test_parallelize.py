@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
@@ -112,6 +113,10 @@ VIDEO = Plan(
 )
 
 
+def _video_left_at(leave: Boundary | None) -> Plan:
+    return Plan(**{**vars(VIDEO), "leave": leave})
+
+
 class AxisLayer(nn.Module):
     """Attends along one dim of [B, ..., C] and hands the tensor on."""
 
@@ -171,9 +176,15 @@ class Case(NamedTuple):
 
 CASES = {
     "video": Case(Video, VIDEO, (2, 7, 5, 3), (2 * 5, 7)),
+    "video to the end": Case(Video, _video_left_at(Boundary("", {"output": "B T S C"}, after=True)), (2, 7, 5, 3), (2 * 5, 7)),
     "sensors": Case(partial(Chain, SENSORS), SENSORS_PLAN, (2, 5, 9, 4), (2, 5, 9)),
     "axial": Case(partial(Chain, [1, 2, 3] * 2), _axial_plan(6, shard="T"), (2, 5, 6, 7, 4), None),
-    "axial lazy": Case(partial(Chain, [1, 2, 3] * 3), _axial_plan(9, switching="lazy"), (2, 5, 6, 7, 4), None),
+    "axial lazy": Case(
+        partial(Chain, [1, 2, 3] * 3),
+        _axial_plan(9, switching="lazy", enter=Boundary("embed", {0: "B T H W C"}, after=True)),
+        (2, 5, 6, 7, 4),
+        None,
+    ),
 }
 
 
@@ -220,11 +231,15 @@ def _run(name: str, **arguments: Any) -> dict[str, tuple[int, int]]:
     return moved.by("operation")
 
 
-@pytest.mark.parametrize("name", CASES)
-@pytest.mark.parametrize("size", [2, 3, 4])
+@pytest.mark.parametrize(
+    ("size", "name"),
+    [(2, "video"), (4, "video to the end"), (2, "sensors"), (3, "sensors"), (3, "axial"), (4, "axial lazy")],
+)
 def test_outputs_and_averaged_gradients(ranks, size, name):
     calls = {operation: calls for operation, (calls, _) in ranks(size, _run, name)[0].items()}
-    switches = {"video": 2 * 3, "sensors": 3, "axial": 2 * 2, "axial lazy": 4}[name]  # the video's skip comes along
+    switches = {"video": 2 * 3, "video to the end": 2 * 3, "sensors": 3, "axial": 2 * 2, "axial lazy": 4}[
+        name
+    ]  # the video's skip comes along
     assert calls == {"switch": switches, "switch adjoint": switches, "gather": 1, "gather adjoint": 1}
 
 
@@ -237,6 +252,30 @@ def test_gradient_checkpointing_switches_again(ranks, name, more, reentrant):
         ranks(2, _run, name, reentrant=reentrant, **more)[0][key] for key in ("switch", "switch adjoint")
     )
     assert switches > adjoints
+
+
+def _local_loss() -> None:
+    case, mesh = CASES["video"], dsp.Mesh(sequence=dist.get_world_size())
+    model, inputs = _made(case)
+    alone = _whole(model(*inputs))
+    weight = torch.randn(alone.shape, dtype=torch.float64)
+    (alone**2 * weight).mean().backward()
+    expected = [parameter.grad for parameter in model.parameters()]
+    model.zero_grad()
+    parallelize(model, _video_left_at(None), mesh=mesh)
+    output, group = _whole(model(*inputs)), mesh.group("sequence")
+    torch.testing.assert_close(output, dsp.split(alone, dim=1, group=group), rtol=1e-12, atol=1e-12)
+    dsp.mean_loss(output**2 * dsp.split(weight, dim=1, group=group), group=group).backward()
+    for parameter, gradient in zip(model.parameters(), expected, strict=True):
+        dist.all_reduce(parameter.grad)
+        torch.testing.assert_close(parameter.grad / dist.get_world_size(), gradient, rtol=1e-11, atol=1e-11)
+    with pytest.raises(dsp.UsageError, match="give the plan leave="):
+        verify(model, inputs, plan=_video_left_at(None), mesh=mesh)
+
+
+@pytest.mark.parametrize("size", [1, 3])
+def test_a_loss_of_the_shard(ranks, size):
+    ranks(size, _local_loss)
 
 
 def _bytes(name: str, sizes: dict[str, int], dims: list[str]) -> tuple[int, int]:
@@ -457,14 +496,39 @@ WRONG = {
 }
 
 
-def _verify_wrong(name: str) -> str:
-    case, plan, message = WRONG[name]
-    model, inputs = _made(case)
-    with pytest.raises(dsp.UsageError, match=message) as error:
-        verify(model, inputs, plan=plan, mesh=dsp.Mesh(sequence=dist.get_world_size()))
-    return str(error.value)
+def _messages() -> dict[str, str]:
+    """What verify says of each wrong plan."""
+    mesh, messages = dsp.Mesh(sequence=dist.get_world_size()), {}
+    for name, (case, plan, _) in WRONG.items():
+        model, inputs = _made(case)
+        with pytest.raises(dsp.UsageError) as error:
+            verify(model, inputs, plan=plan, mesh=mesh)
+        messages[name] = str(error.value)
+    return messages
+
+
+@pytest.fixture(scope="module")
+def messages(ranks) -> list[dict[str, str]]:
+    return ranks(2, _messages)
 
 
 @pytest.mark.parametrize("name", WRONG)
-def test_verify_names_what_is_wrong(ranks, name):
-    assert len(set(ranks(2, _verify_wrong, name))) == 1, "all ranks say the same"
+def test_verify_names_what_is_wrong(messages, name):
+    own, other = (found[name] for found in messages)
+    assert own == other
+    assert re.search(WRONG[name][2], own), own
+
+
+def _verify_untrained() -> None:
+    case, mesh = CASES["video"], dsp.Mesh(sequence=2)
+    torch.manual_seed(0)
+    model, (_, inputs) = Video().double(), _made(case)
+    model.tail = nn.Dropout(0.5)
+    verify(model, inputs, plan=case.plan, mesh=mesh)
+    _, plan = _video(temporal=_needs(TEMPORAL, whole=()))
+    with pytest.raises(dsp.UsageError, match=r"'blocks\.0\.temporal' is the first"):
+        verify(model, inputs, plan=plan, mesh=mesh)
+
+
+def test_verify_of_a_model_with_dropout_that_starts_as_the_identity(ranks):
+    ranks(2, _verify_untrained)
