@@ -121,7 +121,9 @@ def _boundary_moves(region: Region, boundary: Boundary, enters: bool, where: str
     source = None if enters else region.leave(where)
     target = region.enter(where, found[activation]) if enters else None
     return {
-        key: region.move(f"{where}: {key!r}", x, parse(boundary.tensors[key]), source, target)
+        key: region.move(
+            f"{where}: {'item' if boundary.after else 'argument'} {key!r}", x, parse(boundary.tensors[key]), source, target
+        )
         for key, x in found.items()
         if x is not None
     }

@@ -135,6 +135,12 @@ class Plan:
         named = [dim for needs in self.modules.values() for dim in needs.mixes]
         return tuple(dict.fromkeys([*([] if self.shard is None else [self.shard]), *named]))
 
+    @property
+    def known(self) -> tuple[str, ...]:
+        """The dims whose sizes are taken from the activation that enters: all but its channels, which may change on the way."""
+        names = parse(next(iter(self.enter.tensors.values()))).names
+        return names if names[-1] in self.dims else names[:-1]
+
     def _check_boundary(self, where: str, boundary: Boundary) -> None:
         if self.switching == "lazy" and len(boundary.tensors) > 1:
             raise UsageError(
@@ -183,11 +189,11 @@ class Plan:
 
     def _check_groups(self, where: str, pattern: Pattern) -> None:
         for group in pattern.groups:
-            unknown = [name for name in group if name not in self.dims]
+            unknown = [name for name in group if name not in self.known]
             if len(unknown) > 1:
                 raise UsageError(
                     f"{where}: the sizes of {' and '.join(unknown)} in {pattern.text!r} cannot be told apart; give flattened "
-                    "dims that are never sharded one name"
+                    "dims that do not enter one name"
                 )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from math import prod
 from typing import Any, NamedTuple
 
 import torch
@@ -86,16 +87,14 @@ class Region:
                 raise UsageError(f"{where}: the region is entered twice in a forward; enter where it happens once")
             forward.entered = True
         pattern = parse(next(iter(self._plan.enter.tensors.values())))
-        sizes = self._fit(where, x, pattern, {})
-        self._sizes = {dim: sizes[dim] for dim in self._plan.dims}
-        channels = pattern.names[-1]
-        bytes_per_position = x.element_size()
-        if channels not in self._plan.dims:
-            bytes_per_position *= sizes.pop(channels)
-        key = tuple(sizes.items()), bytes_per_position
+        sizes = self._fit(f"{where}: the activation should be whole", x, pattern, {})
+        self._sizes = {dim: sizes[dim] for dim in self._plan.known}
+        channels = [size for dim, size in sizes.items() if dim not in self._sizes]
+        bytes_per_position = x.element_size() * prod(channels)
+        key = tuple(self._sizes.items()), bytes_per_position
         if key not in self._found:
             self._found[key] = find_routes(
-                self._plan, self._planned, sizes, bytes_per_position=bytes_per_position, ranks=self._group.size()
+                self._plan, self._planned, self._sizes, bytes_per_position=bytes_per_position, ranks=self._group.size()
             )
         self._routes = self._found[key]
         return self._routes.start

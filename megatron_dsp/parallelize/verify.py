@@ -194,7 +194,9 @@ def _forward(
         raise
     except Exception as error:
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
-        raise UsageError(f"the model fails {running[-1]}: {reason}; is all that is needed there planned?") from error
+        raise UsageError(
+            f"the model fails {running[-1]}: {reason}; does the plan name all of its side inputs and sizes?"
+        ) from error
     finally:
         for handle in handles:
             handle.remove()
@@ -228,6 +230,7 @@ def _float_tensors(output: Any) -> Iterator[Tensor]:
             yield from _float_tensors(value)
 
 
+@torch.no_grad()
 def _difference(x: Tensor, expected: Tensor, floor: float = 0.0) -> float:
     """The largest difference over the largest value of ``expected``, or over ``floor`` where that is more."""
     if x.shape != expected.shape:

@@ -441,13 +441,25 @@ class Bias(nn.Module):
         return x + bias * x.shape[1]
 
 
-def _biased(forwards: bool) -> nn.Module:
+class FailsOnThreeFrames(nn.Module):
+    """On the second of two ranks, of seven frames."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.shape[1] == 3:
+            raise RuntimeError("three frames")
+        return x
+
+
+def _video_with_tail(tail: Callable[..., nn.Module], *arguments: Any) -> nn.Module:
     model = Video()
-    model.tail = Bias(forwards)
+    model.tail = tail(*arguments)
     return model
 
 
-BIASED, BIASED_GRADIENT = (CASES["video"]._replace(model=partial(_biased, forwards)) for forwards in (True, False))
+BIASED, BIASED_GRADIENT, FAILING = (
+    CASES["video"]._replace(model=partial(_video_with_tail, *tail))
+    for tail in ((Bias, True), (Bias, False), (FailsOnThreeFrames,))
+)
 SWAPPED_TIMES = _needs(SPATIAL, arguments={**SPATIAL.arguments, "times": Slice("(T B) D")})
 MIXED_UP = Plan(
     **{
@@ -478,7 +490,7 @@ WRONG = {
     "outputs that are not named": (*_video(temporal=_needs(TEMPORAL, outputs={})), r"'blocks\.0\.temporal' returns a tuple"),
     "entered with swapped dims": (
         *_video(enter=Boundary("blocks.0", {0: "B S T C"})),
-        r"module 'blocks\.0\.spatial': argument 0 should be the shard of T=5.*dim 0 must be a multiple of T=3|must be S=7",
+        r"module 'blocks\.0\.spatial': argument 0 should be the shard of T=5.*dim 0 must be B=2 x T=",
     ),
     "entered too late": (
         *_video(enter=Boundary("blocks.1", {0: "B T S C"})),
@@ -493,6 +505,7 @@ WRONG = {
     "attention of a chain within a shard": (CASES["sensors"], MIXED_UP, r"module 'layers\.2' is the first whose"),
     "a position that counts from the shard": (BIASED, VIDEO, "all planned modules agree, but the model's output differs"),
     "a gradient that depends on the shard": (BIASED_GRADIENT, VIDEO, r"averaged gradient of parameter 'tail\.bias' differs"),
+    "what fails on one rank alone": (FAILING, VIDEO, "on rank 1 of 2: the model fails outside .*RuntimeError: three frames"),
 }
 
 

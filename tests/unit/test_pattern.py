@@ -87,7 +87,7 @@ def _plan(**changes) -> Plan:
         ({"leave": Boundary("norm", {0: "B S C"})}, "leave: the first pattern, 'B S C', must name 'T'"),
         ({"modules": {"a": Needs("(B S) X C", whole="T")}}, "whole='T' is not in its pattern"),
         ({"modules": {"a": Needs("B S C", whole="S")}}, "does not name 'T', the dim sharded between"),
-        ({"modules": {"a": Needs("(A B T) S C", whole="S")}}, "A and B in .* cannot be told apart"),
+        ({"modules": {"a": Needs("(A X T) S C", whole="S")}}, "A and X in .* cannot be told apart"),
         ({"modules": {"a": Needs("B T S C", whole=("T", "S"))}}, "none of T, S can be sharded then"),
         (
             {"modules": {"a": Needs("B T S C", whole="S", outputs={0: "B T C"})}},
