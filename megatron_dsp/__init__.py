@@ -4,16 +4,23 @@ from megatron_dsp.errors import UsageError
 from megatron_dsp.initialize import initialize
 from megatron_dsp.layout import Layout, shard_range, shard_sizes
 from megatron_dsp.mesh import Mesh
+from megatron_dsp.parallelize import Boundary, Carried, LocalSize, Needs, Plan, Slice, parallelize, unparallelize, verify
 from megatron_dsp.reshard import Ledger, Region, Stage, gather, ledger, mean, mean_loss, split, switch
 from megatron_dsp.training.deepspeed_engine import deepspeed_initialize
 from megatron_dsp.training.rng import random_along, repeat_random, seed
 from megatron_dsp.training.sampler import sampler
 
 __all__ = [
+    "Boundary",
+    "Carried",
     "Layout",
     "Ledger",
+    "LocalSize",
     "Mesh",
+    "Needs",
+    "Plan",
     "Region",
+    "Slice",
     "Stage",
     "UsageError",
     "deepspeed_initialize",
@@ -22,6 +29,7 @@ __all__ = [
     "ledger",
     "mean",
     "mean_loss",
+    "parallelize",
     "random_along",
     "repeat_random",
     "sampler",
@@ -30,4 +38,6 @@ __all__ = [
     "shard_sizes",
     "split",
     "switch",
+    "unparallelize",
+    "verify",
 ]

@@ -14,10 +14,16 @@ from megatron_dsp import cli
 
 ROOT = Path(__file__).parents[2]
 NAMES = [
+    "Boundary",
+    "Carried",
     "Layout",
     "Ledger",
+    "LocalSize",
     "Mesh",
+    "Needs",
+    "Plan",
     "Region",
+    "Slice",
     "Stage",
     "UsageError",
     "deepspeed_initialize",
@@ -26,6 +32,7 @@ NAMES = [
     "ledger",
     "mean",
     "mean_loss",
+    "parallelize",
     "random_along",
     "repeat_random",
     "sampler",
@@ -34,6 +41,8 @@ NAMES = [
     "shard_sizes",
     "split",
     "switch",
+    "unparallelize",
+    "verify",
 ]
 # A call as users write it: so many values by position, and keywords.
 CALLS = {
@@ -44,12 +53,15 @@ CALLS = {
     "ledger": (0, []),
     "mean": (1, ["dim", "size", "group"]),
     "mean_loss": (1, ["group", "mask"]),
+    "parallelize": (2, ["mesh"]),
     "sampler": (2, []),
     "seed": (2, []),
     "shard_range": (3, []),
     "shard_sizes": (2, []),
     "split": (1, ["dim", "group"]),
     "switch": (1, ["gather", "split", "size", "group"]),
+    "unparallelize": (1, []),
+    "verify": (2, ["plan", "mesh"]),
 }
 TARGETS = ["setup", "pretrain", "test", "test-long", "test-mpich", "test-oldest", "test-matrix", "lint", "gpu-check"]
 
