@@ -43,11 +43,15 @@ def _compare(
         assert sent <= planned if uneven else sent == planned
 
 
-@pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize(("size", "T", "H", "W"), [(2, 5, 4, 6), (3, 7, 4, 8), (4, 6, 6, 10), (4, 3, 4, 4)])
+@pytest.mark.parametrize("recompute", [False, pytest.param(True, marks=pytest.mark.long)])
 def test_equals_one_process_and_moves_what_the_plan_says(ranks, size, T, H, W, recompute):
     assert CONFIG.block_dims == ["space", "time", "space", "all"] * 2
     ranks(size, _compare, CONFIG, T, H, W, recompute=recompute)
+
+
+def test_recompute_equals_one_process(ranks):
+    ranks(2, _compare, CONFIG, 5, 4, 6, recompute=True)
 
 
 def test_even_shards_move_exactly_what_the_plan_says(ranks):
