@@ -151,10 +151,15 @@ class Mesh:
             raise UsageError(f"a mesh has no group over {axes}; it has those over {known}")
         return self._groups[key]
 
-    def within_host(self, axis: str) -> bool:
-        """Whether no group along this axis crosses hosts; the same on all ranks, all of which must ask."""
+    def hosts(self) -> tuple[str, ...]:
+        """The host name of each rank; the same on all ranks, all of which must ask."""
         hosts: list[str] = [""] * self.grid.world_size
         dist.all_gather_object(hosts, socket.gethostname())
+        return tuple(hosts)
+
+    def within_host(self, axis: str) -> bool:
+        """Whether no group along this axis crosses hosts; the same on all ranks, all of which must ask."""
+        hosts = self.hosts()
         return all(len({hosts[rank] for rank in ranks}) == 1 for ranks in self.grid.groups(axis))
 
     @cached_property

@@ -7,13 +7,10 @@ sequence group (docs/clusters.md). Everything here but ``placement`` is arithmet
 from __future__ import annotations
 
 import math
-import socket
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-
-import torch.distributed as dist
 
 from megatron_dsp.errors import UsageError
 from megatron_dsp.mesh import AXES, Mesh, RankGrid
@@ -24,9 +21,7 @@ _MOST_RANGES = 3  # that a cell shows
 
 def placement(mesh: Mesh) -> Placement:
     """Where each rank of ``mesh`` runs, by host name; the same on all ranks, all of which call it."""
-    hosts: list[str] = [""] * mesh.grid.world_size
-    dist.all_gather_object(hosts, socket.gethostname())
-    return Placement(mesh.grid, tuple(hosts))
+    return Placement(mesh.grid, mesh.hosts())
 
 
 @dataclass(frozen=True)

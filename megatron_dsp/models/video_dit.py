@@ -324,12 +324,11 @@ class Way(NamedTuple):
     backend: str
     recompute: bool
 
-    def plan(self, frames: int, batch: int, space: int, *, element_size: int) -> Plan:
-        """The cheapest layouts of all parts of the model for such activations; its input and output have shards of time."""
-        return _plan(*self._of_plan(frames, batch, space), element_size)
-
     def layouts(self, frames: int, batch: int, space: int) -> tuple[str, ...]:
-        """By the plan, the dim that is sharded before the first part, while each part runs, and in the result."""
+        """The dim that is sharded before the first part, while each part runs, and in the result: by the cheapest plan.
+
+        The model's input and output have shards of time.
+        """
         return _layouts(*self._of_plan(frames, batch, space))
 
     def _of_plan(self, frames: int, batch: int, space: int) -> tuple[Any, ...]:
@@ -421,7 +420,7 @@ def _plan(
     space: int,
     element_size: int,
 ) -> Plan:
-    """That of `Way.plan`, of plain numbers, which compilers take for constants.
+    """That of `Way.layouts`, of plain numbers, which compilers take for constants.
 
     ``heads``: how many a rank has, and their size; ``widths``: channels of a token, and values of a patch; ``head_moves``:
     whether the model's head may run on any shard.

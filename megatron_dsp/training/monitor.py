@@ -51,7 +51,6 @@ class Meter:
         self._mesh, self._peak = mesh, peak_tflops
         self._exchange = exchange_of(mesh.group("sequence"))
         self._switches = SwitchTimer(mesh.device)
-        self.all_steps = 0
         self.all_switch_bytes = self.all_sequence_bytes = 0  # of this rank
         dist.barrier()  # else who comes first would seem to wait for switches longer than an iteration takes
         self._begin()
@@ -110,7 +109,6 @@ class Meter:
             sequence_bytes=sequence_bytes / self.steps,
             memory=dict(zip(now, memories, strict=True)),
         )
-        self.all_steps += self.steps
         self.all_switch_bytes += self._switch_bytes
         self.all_sequence_bytes += self._sequence_bytes
         self._begin()
