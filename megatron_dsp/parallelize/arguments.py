@@ -1,78 +1,146 @@
-"""Arguments by position or by name, however the caller passed them, and items of what a module returns."""
+"""Arguments by position or by name, however the caller passed them, what a module returns, and the items of both."""
 
 from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any, TypeAlias
 
 from torch import Tensor, nn
 
 from megatron_dsp.errors import UsageError
-from megatron_dsp.parallelize.plan import Key, unknown_name
+from megatron_dsp.parallelize.needs import Key, Place
+from megatron_dsp.parallelize.plan import unknown_name
+
+Passed: TypeAlias = tuple[tuple[Any, ...], dict[str, Any]]  # the arguments of a call, by position and by name
 
 
 class Parameters:
-    """The parameters of a module's ``forward``."""
+    """The parameters of a module's ``forward``; ``where`` says in errors which module's."""
 
-    def __init__(self, module: nn.Module):
+    def __init__(self, where: str, module: nn.Module):
+        self._where = where
         parameters = inspect.signature(module.forward).parameters
         kinds = {parameter.kind for parameter in parameters.values()}
         self._names = [n for n, p in parameters.items() if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
         self._any_position = inspect.Parameter.VAR_POSITIONAL in kinds
         self._any_name = inspect.Parameter.VAR_KEYWORD in kinds
 
-    def check(self, module: str, key: Key) -> None:
+    def check(self, place: Place) -> None:
         """Errors: UsageError where ``forward`` takes no such argument."""
+        key = _path(place)[0]
         if isinstance(key, str) and key not in self._names and not self._any_name:
-            unknown_name(f"module {module!r}: argument", key, self._names)
+            unknown_name(f"{self._where}: argument", key, self._names)
         if isinstance(key, int) and not 0 <= key < len(self._names) and not self._any_position:
-            raise UsageError(f"module {module!r}: argument {key} does not exist; its forward takes {', '.join(self._names)}")
+            raise UsageError(f"{self._where}: argument {key} does not exist; its forward takes {', '.join(self._names)}")
 
-    def place(self, key: Key, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Key | None:
-        """Where the caller passed it: its index in ``args`` or name in ``kwargs``; None where it did not, or passed None."""
+    def path(self, place: Place, passed: Passed) -> tuple[Key, ...] | None:
+        """Where the caller passed it: its index or name, then the items within; None where it did not, or passed None.
+
+        Errors: UsageError where an argument has no such item.
+        """
+        key, *items = _path(place)
+        args, kwargs = passed
         position = self._names.index(key) if key in self._names else key
-        if isinstance(position, int) and position < len(args):
-            return None if args[position] is None else position
-        name = self._names[position] if isinstance(position, int) and position < len(self._names) else key
-        return name if isinstance(name, str) and kwargs.get(name) is not None else None
+        if not (isinstance(position, int) and position < len(args)):
+            position = self._names[position] if isinstance(position, int) and position < len(self._names) else key
+            if not isinstance(position, str) or position not in kwargs:
+                return None
+        value = args[position] if isinstance(position, int) else kwargs[position]
+        for depth, item in enumerate(items):
+            if value is None:
+                return None
+            value = _item(value, item, f"{self._where}: argument {(key, *items[:depth])!r}" if depth else self.named(key))
+        return None if value is None else (position, *items)
+
+    def required(self, place: Place, passed: Passed) -> tuple[Key, ...]:
+        """As `path`. Errors: UsageError where it was not passed."""
+        path = self.path(place, passed)
+        if path is None:
+            raise UsageError(f"{self.named(place)} was not passed; the plan names it, and needs it in every call")
+        return path
+
+    def named(self, place: Place) -> str:
+        """The argument, for errors."""
+        return f"{self._where}: argument {place!r}"
 
 
-def put(args: tuple[Any, ...], kwargs: Mapping[str, Any], values: Mapping[Key, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The arguments with ``values`` in their places."""
-    positions = list(args)
-    names = dict(kwargs)
-    for key, value in values.items():
+def get(passed: Passed, path: tuple[Key, ...]) -> Any:
+    """What `Parameters.path` has found."""
+    key, *items = path
+    value = passed[0][key] if isinstance(key, int) else passed[1][key]
+    for item in items:
+        value = value[item]
+    return value
+
+
+def put(passed: Passed, values: Mapping[tuple[Key, ...], Any]) -> tuple[Passed, list[Callable[[], None]]]:
+    """The arguments with ``values`` in their places, and what is to be called after the module.
+
+    Items are replaced in copies of tuples and dicts, but in lists themselves: a module may pop them. Those that it has left
+    there are put back by what is returned.
+    """
+    positions, names = list(passed[0]), dict(passed[1])
+    undo: list[Callable[[], None]] = []
+    for (key, *items), value in values.items():
         if isinstance(key, int):
-            positions[key] = value
+            positions[key] = _with_item(positions[key], items, value, undo)
         else:
-            names[key] = value
-    return tuple(positions), names
+            names[key] = _with_item(names[key], items, value, undo)
+    return (tuple(positions), names), undo
 
 
-def item(output: Any, key: Key, where: str) -> Any:
+def output_item(output: Any, place: Place, where: str) -> Any:
     """An item of what a module returned; 0 of a tensor is the tensor. Errors: UsageError where there is none."""
-    if isinstance(output, Tensor) and key == 0:
+    if isinstance(output, Tensor) and place == 0:
         return output
-    try:
-        if isinstance(output, Tensor):
-            raise KeyError(key)
-        return output[key]
-    except (KeyError, IndexError, TypeError):
-        raise UsageError(
-            f"{where}: it returns a {type(output).__name__}, which has no item {key!r} that the plan names"
-        ) from None
+    for key in _path(place):
+        output = _item(output, key, f"{where}: it returns")
+    return output
 
 
-def with_items(output: Any, values: Mapping[Key, Any]) -> Any:
+def with_items(output: Any, values: Mapping[Place, Any]) -> Any:
     """``output`` with ``values`` in the places of its items; the module's own object stays as it is."""
-    if isinstance(output, Tensor):
-        return values[0]
-    if isinstance(output, tuple):
-        items = [values.get(index, value) for index, value in enumerate(output)]
-        return type(output)(*items) if hasattr(output, "_fields") else tuple(items)
-    result = copy.copy(output)
-    for key, value in values.items():
-        result[key] = value
+    for place, value in values.items():
+        output = value if isinstance(output, Tensor) else _with_item(output, list(_path(place)), value)
+    return output
+
+
+def _path(place: Place) -> tuple[Key, ...]:
+    return place if isinstance(place, tuple) else (place,)
+
+
+def _item(value: Any, key: Key, where: str) -> Any:
+    try:
+        if isinstance(value, Tensor):
+            raise KeyError(key)
+        return value[key]
+    except (KeyError, IndexError, TypeError):
+        raise UsageError(f"{where} a {type(value).__name__}, which has no item {key!r} that the plan names") from None
+
+
+def _with_item(value: Any, items: list[Key], new: Any, undo: list[Callable[[], None]] | None = None) -> Any:
+    """``value`` with ``new`` in the place of an item; in ``value`` itself where it is a list and it can be undone."""
+    if not items:
+        return new
+    key, *rest = items
+    new = _with_item(value[key], rest, new, undo)
+    if isinstance(value, tuple):
+        index = range(len(value))[key]  # type: ignore[index]
+        changed = [new if place == index else old for place, old in enumerate(value)]
+        return type(value)(*changed) if hasattr(value, "_fields") else tuple(changed)
+    if isinstance(value, list) and undo is not None:
+        index = range(len(value))[key]  # type: ignore[index]
+        undo.append(partial(_put_back, value, index, value[index], new))
+        value[index] = new
+        return value
+    result = copy.copy(value)
+    result[key] = new
     return result
+
+
+def _put_back(values: list[Any], index: int, old: Any, new: Any) -> None:
+    if index < len(values) and values[index] is new:
+        values[index] = old

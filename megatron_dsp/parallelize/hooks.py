@@ -7,7 +7,9 @@ module that is computed again in backward (gradient checkpointing) makes the sam
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
 from typing import Any
 
 import torch.distributed as dist
@@ -16,11 +18,16 @@ from torch.utils.hooks import RemovableHandle
 
 from megatron_dsp.errors import UsageError
 from megatron_dsp.mesh import Mesh
-from megatron_dsp.parallelize.arguments import Parameters, item, put, with_items
-from megatron_dsp.parallelize.match import check_boundaries, planned_modules
+from megatron_dsp.parallelize.arguments import Parameters, Passed, get, output_item, put, with_items
+from megatron_dsp.parallelize.attention import AttentionOverRanks
+from megatron_dsp.parallelize.attributes import LocalAttributes
+from megatron_dsp.parallelize.match import check_boundaries, modules_of, modules_with_attributes, planned_modules
+from megatron_dsp.parallelize.needs import Boundary, Carried, Needs, Place, Reduced, Slice
 from megatron_dsp.parallelize.pattern import parse
-from megatron_dsp.parallelize.plan import Boundary, Carried, Key, LocalSize, Needs, Plan
-from megatron_dsp.parallelize.region import Agree, Move, Region
+from megatron_dsp.parallelize.plan import Plan
+from megatron_dsp.parallelize.reductions import reduced
+from megatron_dsp.parallelize.region import Agree, Call, Region
+from megatron_dsp.parallelize.shards import Move, moved
 
 _handles: weakref.WeakKeyDictionary[nn.Module, list[RemovableHandle]] = weakref.WeakKeyDictionary()  # of parallelized models
 
@@ -61,7 +68,9 @@ def attach(model: nn.Module, plan: Plan, group: dist.ProcessGroup, agree: Agree 
     refuse_parallelized(model)
     planned = planned_modules(model, plan)
     check_boundaries(model, plan, planned)
-    modules = dict(model.named_modules())
+    modules = modules_of(model)
+    matched = modules_with_attributes(modules, plan)
+    attributes = {name: LocalAttributes(name, modules[name], plan.attributes[matched[name]]) for name in matched}
     region = Region(plan, planned, group, agree)
     handles = _handles[model] = []
 
@@ -71,113 +80,201 @@ def attach(model: nn.Module, plan: Plan, group: dist.ProcessGroup, agree: Agree 
     def after(name: str, hook: Callable[..., Any]) -> None:
         handles.append(modules[name].register_forward_hook(hook, prepend=True))
 
+    def at_last(name: str, hook: Callable[..., Any]) -> None:
+        handles.append(modules[name].register_forward_hook(hook, always_call=True))
+
     # Where several are on one module, pre-hooks run in this order; hooks are prepended, and run in the reverse order.
     before("", lambda *_: region.begin())
-    handles.append(model.register_forward_hook(lambda *_: region.finish(), always_call=True))
+    at_last("", lambda *_: region.finish())
+    around_entry = [found for name, found in attributes.items() if _holds_entry(name, plan.enter)]
+    if plan.sizes is not None:
+        before(plan.sizes.module, _before_sizes(region, plan.sizes, modules[plan.sizes.module]))
     for boundary, enters in ((plan.enter, True), (plan.leave, False)):
         if boundary is not None and boundary.after:
-            after(boundary.module, _after_boundary(region, boundary, enters))
+            after(boundary.module, _after_boundary(region, boundary, enters, around_entry))
         elif boundary is not None:
-            before(boundary.module, _before_boundary(region, boundary, enters, Parameters(modules[boundary.module])))
-    for name, needs in planned.items():
-        before(name, _before_module(region, name, needs, Parameters(modules[name])))
-        after(name, _after_module(region, name, needs))
+            before(boundary.module, _before_boundary(region, boundary, enters, modules[boundary.module], around_entry))
+    for name in modules:
+        if name in planned:
+            module = _PlannedModule(region, name, modules[name], attributes.get(name))
+            before(name, lambda _, args, kwargs, module=module: module.before((args, kwargs)))
+            after(name, lambda _, args, output, module=module: module.after(output))
+            at_last(name, lambda *_, module=module: module.finish())
+        elif name in attributes:
+            if attributes[name] not in around_entry:
+                before(name, _before_attributes(region, name, attributes[name]))
+            at_last(name, lambda *_, found=attributes[name]: found.restore())
     return region
+
+
+def _holds_entry(name: str, enter: Boundary) -> bool:
+    """Whether the region is entered while the module ``name`` runs."""
+    return enter.module != name and enter.module.startswith(f"{name}." if name else "")
 
 
 # Hooks are closures, which copy.deepcopy leaves as they are: a copy of the model shares its region, and the process group.
 
 
-def _before_boundary(region: Region, boundary: Boundary, enters: bool, parameters: Parameters) -> Callable[..., Any]:
-    where = f"{'enter' if enters else 'leave'} before {boundary.module!r}"
+def _before_sizes(region: Region, sizes: Boundary, module: nn.Module) -> Callable[..., Any]:
+    where = f"sizes of {sizes.module!r}"
+    parameters = Parameters(where, module)
 
-    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         with region.checked():
-            places = {key: parameters.place(key, args, kwargs) for key in boundary.tensors}
-            found = {key: _get(place, args, kwargs) for key, place in places.items()}
-            moves = _boundary_moves(region, boundary, enters, where, found)
-        moved = region.moved(moves, "enter" if enters else "leave")
-        return put(args, kwargs, {places[key]: x for key, x in moved.items()})  # type: ignore[misc]
+            found = {place: parameters.required(place, (args, kwargs)) for place in sizes.tensors}
+            region.measure(where, {place: get((args, kwargs), path) for place, path in found.items()})
 
     return hook
 
 
-def _after_boundary(region: Region, boundary: Boundary, enters: bool) -> Callable[..., Any]:
+def _before_boundary(
+    region: Region, boundary: Boundary, enters: bool, module: nn.Module, attributes: list[LocalAttributes]
+) -> Callable[..., Any]:
+    where = f"{'enter' if enters else 'leave'} before {boundary.module!r}"
+    parameters = Parameters(where, module)
+
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        passed = args, kwargs
+        with region.checked():
+            first = next(iter(boundary.tensors))
+            paths = {place: parameters.path(place, passed) for place in boundary.tensors}
+            paths[first] = parameters.required(first, passed)
+            found = {place: (path, get(passed, path)) for place, path in paths.items() if path is not None}
+            moves = _boundary_moves(region, boundary, enters, where, {place: x for place, (_, x) in found.items()})
+            _turn(attributes, region if enters else None)
+        whole = moved(moves, region.group, "enter" if enters else "leave")
+        return put(passed, {found[place][0]: x for place, x in whole.items()})[0]
+
+    return hook
+
+
+def _after_boundary(region: Region, boundary: Boundary, enters: bool, attributes: list[LocalAttributes]) -> Callable[..., Any]:
     where = f"{'enter' if enters else 'leave'} after {boundary.module!r}"
 
     def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         with region.checked():
-            found = {key: item(output, key, where) for key in boundary.tensors}
+            found = {place: output_item(output, place, where) for place in boundary.tensors}
             moves = _boundary_moves(region, boundary, enters, where, found)
-        return with_items(output, region.moved(moves, "enter" if enters else "leave"))
+            _turn(attributes, region if enters else None)
+        return with_items(output, moved(moves, region.group, "enter" if enters else "leave"))
 
     return hook
 
 
-def _boundary_moves(region: Region, boundary: Boundary, enters: bool, where: str, found: dict[Key, Any]) -> dict[Key, Move]:
-    activation = next(iter(found))
-    if found[activation] is None:
-        raise UsageError(f"{where}: argument {activation!r}, the activation, was not passed")
+def _boundary_moves(
+    region: Region, boundary: Boundary, enters: bool, where: str, found: Mapping[Place, Any]
+) -> dict[Place, Move]:
     source = None if enters else region.leave(where)
-    target = region.enter(where, found[activation]) if enters else None
+    target = region.enter(where, next(iter(found.values()))) if enters else None
+    what = "item" if boundary.after else "argument"
     return {
-        key: region.move(
-            f"{where}: {'item' if boundary.after else 'argument'} {key!r}", x, parse(boundary.tensors[key]), source, target
-        )
-        for key, x in found.items()
+        place: region.move(f"{where}: {what} {place!r}", x, parse(boundary.tensors[place]), source, target)
+        for place, x in found.items()
         if x is not None
     }
 
 
-def _before_module(region: Region, name: str, needs: Needs, parameters: Parameters) -> Callable[..., Any]:
-    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        moves: dict[Key, Move] = {}
-        values: dict[Key, Any] = {}
+def _turn(attributes: list[LocalAttributes], region: Region | None) -> None:
+    """To local values where the region is entered, back where it is left."""
+    for found in attributes:
+        found.restore() if region is None else found.make_local(region, region.routes.start)
+
+
+def _before_attributes(region: Region, name: str, attributes: LocalAttributes) -> Callable[..., Any]:
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         with region.checked():
-            route = region.route(name)
-            place = parameters.place(needs.activation, args, kwargs)
-            where = f"module {name!r}: argument"
-            if place is None:
-                raise UsageError(f"{where} {needs.activation!r}, the activation, was not passed; name it in Needs(activation=)")
-            x = _get(place, args, kwargs)
-            moves[place] = region.move(f"{where} {place!r}", x, parse(needs.pattern), route.before, route.inside)
-            for key, side in needs.arguments.items():
-                place = parameters.place(key, args, kwargs)
-                if place is None:
+            region.within(f"module {name!r}")
+            attributes.make_local(region, region.routes.start)
+
+    return hook
+
+
+@dataclass
+class _Running:
+    """A call of a planned module that has not returned."""
+
+    exits: ExitStack
+    call: Call | None = None
+    attention: AttentionOverRanks | None = None
+
+
+class _PlannedModule:
+    """What is done before and after a planned module."""
+
+    def __init__(self, region: Region, name: str, module: nn.Module, attributes: LocalAttributes | None):
+        self._region, self._name, self._attributes = region, name, attributes
+        self._where = f"module {name!r}"
+        self._parameters = Parameters(self._where, module)
+        self._running: list[_Running] = []
+
+    def before(self, passed: Passed) -> Passed:
+        """The arguments that the module gets."""
+        region, running = self._region, _Running(ExitStack())
+        self._running.append(running)
+        moves: dict[tuple[Any, ...], Move] = {}
+        values: dict[tuple[Any, ...], Any] = {}
+        with region.checked():
+            running.call = needs, route = region.call(self._name)
+            path = self._parameters.required(needs.activation, passed)
+            where = self._parameters.named(needs.activation)
+            moves[path] = region.move(where, get(passed, path), parse(needs.pattern), route.before, route.inside)
+            for place, side in needs.arguments.items():
+                where, found = self._parameters.named(place), self._parameters.path(place, passed)
+                if found is None:
                     continue
-                value = _get(place, args, kwargs)
-                if isinstance(side, LocalSize):
-                    values[place] = region.local_size(f"{where} {key!r}", value, side.dim, route)
-                else:
+                if isinstance(side, (Slice, Carried)):
                     source = route.before if isinstance(side, Carried) else None
-                    moves[place] = region.move(f"{where} {key!r}", value, parse(side.pattern), source, route.inside)
-        return put(args, kwargs, {**values, **region.moved(moves, name)})
+                    moves[found] = region.move(where, get(passed, found), parse(side.pattern), source, route.inside)
+                else:
+                    values[found] = region.local_value(where, get(passed, found), side, route.before, route.inside)
+            if self._attributes is not None:
+                running.exits.callback(self._attributes.restore)
+                self._attributes.make_local(region, route.inside)
+        passed, undo = put(passed, {**values, **moved(moves, region.group, self._name)})
+        for put_back in undo:
+            running.exits.callback(put_back)
+        if needs.attention is not None:
+            attention = AttentionOverRanks(region, self._name, needs.attention, route.inside)
+            running.attention = running.exits.enter_context(attention)
+        return passed
 
-    return hook
-
-
-def _after_module(region: Region, name: str, needs: Needs) -> Callable[..., Any]:
-    def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+    def after(self, output: Any) -> Any:
+        """What follows gets instead of the module's ``output``."""
+        region, running = self._region, self._running[-1]
+        running.exits.close()
+        assert running.call is not None  # `before` has run
+        needs, route = running.call
         with region.checked():
-            route = region.routes.modules[name]
+            if running.attention is not None and not running.attention.calls:
+                raise UsageError(
+                    f"{self._where} has attention=, but called no scaled_dot_product_attention; let its library use that "
+                    "(attn_implementation='sdpa'), or name the module that does"
+                )
+            found = activations(self._name, needs, output)
             moves = {
-                key: region.move(f"module {name!r}: output {key!r}", x, parse(pattern), route.inside, route.after)
-                for key, (x, pattern) in activations(name, needs, output).items()
+                place: region.move(f"{self._where}: output {place!r}", x, parse(text), route.inside, route.after)
+                for place, (x, text) in found.items()
             }
-        return with_items(output, region.moved(moves, name))
+        results = moved(moves, region.group, self._name)
+        for place, kept in needs.outputs.items():
+            if isinstance(kept, Reduced):
+                results[place] = reduced(results[place], kept, route, region, self._name)
+        return with_items(output, results)
 
-    return hook
+    def finish(self) -> None:
+        """The module has returned, or raised."""
+        if self._running:
+            self._running.pop().exits.close()
 
 
-def activations(name: str, needs: Needs, output: Any) -> dict[Key, tuple[Any, str]]:
+def activations(name: str, needs: Needs, output: Any) -> dict[Place, tuple[Any, str]]:
     """The activations among what the planned module ``name`` returned, with their patterns."""
     if not needs.outputs and not isinstance(output, Tensor):
         raise UsageError(
             f"module {name!r} returns a {type(output).__name__}; say which items are activations: Needs(outputs={{0: ...}})"
         )
-    patterns = needs.outputs or {0: needs.pattern}
-    return {key: (item(output, key, f"module {name!r}"), pattern) for key, pattern in patterns.items()}
-
-
-def _get(place: Key | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    return None if place is None else args[place] if isinstance(place, int) else kwargs[place]
+    found = {}
+    for place, kept in (needs.outputs or {0: needs.pattern}).items():
+        text = kept.pattern if isinstance(kept, Reduced) else kept
+        found[place] = output_item(output, place, f"module {name!r}"), text
+    return found

@@ -2,37 +2,40 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from fnmatch import fnmatchcase
 
 from torch import nn
 
 from megatron_dsp.errors import UsageError
 from megatron_dsp.parallelize.arguments import Parameters
-from megatron_dsp.parallelize.plan import Needs, Plan, unknown_name
+from megatron_dsp.parallelize.needs import Needs
+from megatron_dsp.parallelize.plan import Plan, unknown_name
+
+_WRAPPED = "_checkpoint_wrapped_module"  # the name in torch's CheckpointWrapper of what it wraps
 
 
-def planned_modules(model: nn.Module, plan: Plan) -> dict[str, Needs]:
-    """The modules of ``model`` that ``plan`` speaks of, by their names, in the order of ``named_modules``.
+def modules_of(model: nn.Module) -> dict[str, nn.Module]:
+    """The modules of ``model`` by the names that they have without torch's checkpoint wrappers, which are left out."""
+    named = model.named_modules()
+    return {".".join(part for part in name.split(".") if part != _WRAPPED): module for name, module in named}
+
+
+def planned_modules(model: nn.Module, plan: Plan) -> dict[str, tuple[Needs, ...]]:
+    """The modules of ``model`` that ``plan`` speaks of, by their names, in the order of ``named_modules``: their needs by call.
 
     Errors: UsageError for a pattern that matches nothing, for two that match one module, for arguments that it does not take,
     and for a module within one that moves the shard.
     """
-    modules = dict(model.named_modules())
-    matched: dict[str, str] = {}
-    for pattern in plan.modules:
-        names = [name for name in modules if _matches(name, pattern)]
-        if not names:
-            unknown_name("module", pattern, list(modules))
-        for name in names:
-            if name in matched:
-                raise UsageError(f"module {name!r} matches both {matched[name]!r} and {pattern!r}; let one of them match it")
-            matched[name] = pattern
-    planned = {name: plan.modules[matched[name]] for name in modules if name in matched}
-    for name, needs in planned.items():
-        parameters = Parameters(modules[name])
-        for key in (needs.activation, *needs.arguments):
-            parameters.check(name, key)
-        moves = plan.switching == "lazy" or plan.shard in needs.mixes
+    modules = modules_of(model)
+    matched = _matched(modules, plan.modules)
+    planned = {name: plan.needs_of(matched[name]) for name in modules if name in matched}
+    for name, all_needs in planned.items():
+        parameters = Parameters(f"module {name!r}", modules[name])
+        for needs in all_needs:
+            for place in (needs.activation, *needs.arguments):
+                parameters.check(place)
+        moves = plan.switching == "lazy" or any(plan.shard in needs.mixes for needs in all_needs)
         inner = [other for other in planned if other != name and other.startswith(name + "." if name else "")]
         if moves and inner:
             raise UsageError(
@@ -41,10 +44,15 @@ def planned_modules(model: nn.Module, plan: Plan) -> dict[str, Needs]:
     return planned
 
 
-def check_boundaries(model: nn.Module, plan: Plan, planned: dict[str, Needs]) -> None:
+def modules_with_attributes(modules: Iterable[str], plan: Plan) -> dict[str, str]:
+    """The modules whose attributes ``plan`` names, each with the pattern that matches it. Errors: as `planned_modules`."""
+    return _matched(modules, plan.attributes)
+
+
+def check_boundaries(model: nn.Module, plan: Plan, planned: Mapping[str, tuple[Needs, ...]]) -> None:
     """Errors: UsageError where a boundary's module or argument is not there, or is planned and on the wrong side."""
-    modules = dict(model.named_modules())
-    for boundary, wrong, right in ((plan.enter, True, "before"), (plan.leave, False, "after")):
+    modules = modules_of(model)
+    for boundary, wrong, right in ((plan.sizes, None, ""), (plan.enter, True, "before"), (plan.leave, False, "after")):
         if boundary is None:
             continue
         if boundary.module not in modules:
@@ -54,9 +62,22 @@ def check_boundaries(model: nn.Module, plan: Plan, planned: dict[str, Needs]) ->
                 f"module {boundary.module!r} is planned, so it must run in the region: set its boundary {right} it"
             )
         if not boundary.after:
-            parameters = Parameters(modules[boundary.module])
-            for key in boundary.tensors:
-                parameters.check(boundary.module, key)
+            parameters = Parameters(f"module {boundary.module!r}", modules[boundary.module])
+            for place in boundary.tensors:
+                parameters.check(place)
+
+
+def _matched(modules: Iterable[str], patterns: Iterable[str]) -> dict[str, str]:
+    matched: dict[str, str] = {}
+    for pattern in patterns:
+        names = [name for name in modules if _matches(name, pattern)]
+        if not names:
+            unknown_name("module", pattern, list(modules))
+        for name in names:
+            if name in matched:
+                raise UsageError(f"module {name!r} matches both {matched[name]!r} and {pattern!r}; let one of them match it")
+            matched[name] = pattern
+    return matched
 
 
 def _matches(name: str, pattern: str) -> bool:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import prod
 from typing import Any, NamedTuple
 
@@ -14,31 +15,29 @@ from torch import Tensor
 
 from megatron_dsp.errors import RankError, UsageError
 from megatron_dsp.layout import shard_range
+from megatron_dsp.parallelize.needs import Computed, LocalSize, Needs, Place
 from megatron_dsp.parallelize.pattern import Pattern, parse
-from megatron_dsp.parallelize.plan import Key, Needs, Plan
+from megatron_dsp.parallelize.plan import Plan
 from megatron_dsp.parallelize.routes import Route, Routes, find_routes
-from megatron_dsp.reshard import gather, split, switch
+from megatron_dsp.parallelize.shards import Move, moved
 
 Agree = Callable[[Exception | None], None]
 
 
-class Move(NamedTuple):
-    """A tensor on its way from one layout to another; a layout is the name of the sharded dim, None is whole."""
+class Call(NamedTuple):
+    """Of a planned module: what it needs this time, and the layouts of its activation."""
 
-    x: Tensor
-    pattern: Pattern
-    sizes: Mapping[str, int]  # of each of its named dims, before the move
-    source: str | None
-    target: str | None
+    needs: Needs
+    route: Route
 
 
 @dataclass
 class _Forward:
-    """How far a forward has come. Only refusals depend on it."""
+    """How far a forward has come. Only refusals depend on it, and which of a module's calls is the next."""
 
     entered: bool = False
     left: bool = False
-    calls: int = 0
+    calls: Counter[str] = field(default_factory=Counter)
 
 
 class Region:
@@ -50,13 +49,18 @@ class Region:
     ``agree`` is called before anything is moved, with what is wrong on this rank, if something is.
     """
 
-    def __init__(self, plan: Plan, planned: Mapping[str, Needs], group: dist.ProcessGroup, agree: Agree | None = None):
-        self._plan, self._planned, self._group, self._agree = plan, planned, group, agree
+    def __init__(
+        self, plan: Plan, planned: Mapping[str, tuple[Needs, ...]], group: dist.ProcessGroup, agree: Agree | None = None
+    ):
+        self.plan, self.group = plan, group
+        self._planned, self._agree = planned, agree
         self._order = tuple(planned)
+        self._measured: dict[str, int] = {}
         self._sizes: dict[str, int] = {}
         self._routes: Routes | None = None
         self._found: dict[tuple[tuple[tuple[str, int], ...], int], Routes] = {}
         self._forward: _Forward | None = None
+        self.called: dict[str, Call] = {}  # the last call of each planned module
 
     def begin(self, *_: Any) -> None:
         """The model is called."""
@@ -79,6 +83,14 @@ class Region:
         if error is not None:
             raise error
 
+    def measure(self, where: str, tensors: Mapping[Place, Any]) -> None:
+        """Take global sizes from ``tensors``, by the patterns of the plan's ``sizes``."""
+        assert self.plan.sizes is not None  # else there is no hook that calls this
+        self._measured = {}
+        for place, x in tensors.items():
+            pattern = parse(self.plan.sizes.tensors[place])
+            self._measured.update(self.fit(f"{where}: argument {place!r} should be", x, pattern, self._measured))
+
     def enter(self, where: str, x: Any) -> str:
         """Take the global sizes from the activation ``x``, which every rank holds whole; returns the dim to shard."""
         forward = self._running(where)
@@ -86,15 +98,18 @@ class Region:
             if forward.entered:
                 raise UsageError(f"{where}: the region is entered twice in a forward; enter where it happens once")
             forward.entered = True
-        pattern = parse(next(iter(self._plan.enter.tensors.values())))
-        sizes = self._fit(f"{where}: the activation should be whole", x, pattern, {})
-        self._sizes = {dim: sizes[dim] for dim in self._plan.known}
-        channels = [size for dim, size in sizes.items() if dim not in self._sizes]
+        pattern = parse(next(iter(self.plan.enter.tensors.values())))
+        measured = {dim: self._measured[dim] for dim in self.plan.known if dim in self._measured}
+        if self.plan.sizes is not None and not measured:
+            raise UsageError(f"{where}: module {self.plan.sizes.module!r}, from which sizes are taken, has not run before")
+        sizes = measured | self.fit(f"{where}: the activation should be whole", x, pattern, measured)
+        self._sizes = {dim: sizes[dim] for dim in self.plan.known}
+        channels = [sizes[dim] for dim in pattern.names if dim not in self._sizes]
         bytes_per_position = x.element_size() * prod(channels)
         key = tuple(self._sizes.items()), bytes_per_position
         if key not in self._found:
             self._found[key] = find_routes(
-                self._plan, self._planned, self._sizes, bytes_per_position=bytes_per_position, ranks=self._group.size()
+                self.plan, self._planned, self._sizes, bytes_per_position=bytes_per_position, ranks=self.group.size()
             )
         self._routes = self._found[key]
         return self._routes.start
@@ -104,26 +119,49 @@ class Region:
         forward = self._running(where)
         if forward is not None:
             self._inside(where, forward)
-            if self._plan.switching == "lazy" and forward.calls < len(self._order):
-                raise UsageError(f"{where}: the region is left before module {self._order[forward.calls]!r} has run")
+            if self.plan.switching == "lazy" and forward.calls.total() < len(self._order):
+                raise UsageError(f"{where}: the region is left before module {self._order[forward.calls.total()]!r} has run")
             forward.left = True
         return self.routes.end
 
-    def route(self, name: str) -> Route:
+    def call(self, name: str) -> Call:
         """Of the planned module ``name``, which is called now."""
         where = f"module {name!r}"
+        forward, several = self._running(where), self._planned[name]
+        if forward is None and len(several) > 1:
+            raise UsageError(
+                f"{where} has needs by call, and is computed again in backward, where its calls cannot be told apart; run it "
+                "without gradient checkpointing"
+            )
+        index = 0
+        if forward is not None:
+            self._inside(where, forward)
+            if self.plan.switching == "lazy":
+                self._in_order(where, name, forward)
+            index = forward.calls[name] % len(several)
+            forward.calls[name] += 1
+        self.called[name] = Call(several[index], self.routes.modules[name][index])
+        return self.called[name]
+
+    def _in_order(self, where: str, name: str, forward: _Forward) -> None:
+        done = forward.calls.total()
+        expected = self._order[done] if done < len(self._order) else "(leave)"
+        if name != expected:
+            raise UsageError(
+                f"{where} is called where {expected!r} is next; switching='lazy' is for modules that are called once each, in "
+                "the order of named_modules: use 'around'"
+            )
+
+    @property
+    def is_entered(self) -> bool:
+        """Whether a forward is in the region."""
+        return self._forward is not None and self._forward.entered and not self._forward.left
+
+    def within(self, where: str) -> None:
+        """Errors: UsageError unless the region is entered and not left."""
         forward = self._running(where)
         if forward is not None:
             self._inside(where, forward)
-            if self._plan.switching == "lazy":
-                expected = self._order[forward.calls] if forward.calls < len(self._order) else "(leave)"
-                if name != expected:
-                    raise UsageError(
-                        f"{where} is called where {expected!r} is next; switching='lazy' is for modules that are called once "
-                        "each, in the order of named_modules: use 'around'"
-                    )
-            forward.calls += 1
-        return self.routes.modules[name]
 
     @property
     def routes(self) -> Routes:
@@ -131,6 +169,11 @@ class Region:
         if self._routes is None:
             raise UsageError("no forward has entered the sharded region yet")
         return self._routes
+
+    @property
+    def sizes(self) -> Mapping[str, int]:
+        """The global sizes of dims in the last forward."""
+        return self._sizes
 
     def _running(self, where: str) -> _Forward | None:
         """The forward that is under way; None where backward computes a module again."""
@@ -144,51 +187,52 @@ class Region:
 
     def _inside(self, where: str, forward: _Forward) -> None:
         if not forward.entered:
-            raise UsageError(f"{where} is called before the region is entered at {self._plan.enter.module!r}; enter earlier")
+            raise UsageError(f"{where} is called before the region is entered at {self.plan.enter.module!r}; enter earlier")
         if forward.left:
             raise UsageError(f"{where} is called after the region was left; leave later")
 
-    def local(self, dim: str, sharded: str | None) -> int:
-        """The size of ``dim`` on this rank where ``sharded`` is sharded."""
-        if dim != sharded:
-            return self._sizes[dim]
-        start, stop = shard_range(self._sizes[dim], self._group.size(), self._group.rank())
-        return stop - start
+    def part(self, dim: str) -> tuple[int, int]:
+        """Where this rank's part of ``dim`` starts and stops, when it is sharded."""
+        return shard_range(self._sizes[dim], self.group.size(), self.group.rank())
+
+    def local(self, sharded: str | None) -> dict[str, int]:
+        """The size of each dim on this rank where ``sharded`` is sharded."""
+        local = dict(self._sizes)
+        if sharded is not None:
+            start, stop = self.part(sharded)
+            local[sharded] = stop - start
+        return local
 
     def move(self, where: str, x: Any, pattern: Pattern, source: str | None, target: str | None) -> Move:
         """What is to move; a dim that ``pattern`` does not name leaves the tensor whole. Errors: RankError for other shapes."""
-        known = {dim: self.local(dim, source) for dim in self._sizes}
         layout = "whole" if source is None else f"the shard of {source}={self._sizes[source]}"
-        sizes = self._fit(f"{where} should be {layout}", x, pattern, known)
+        sizes = self.fit(f"{where} should be {layout}", x, pattern, self.local(source))
         source, target = (dim if dim in pattern.names else None for dim in (source, target))
-        return Move(x, pattern, sizes, source, target)
+        return Move(x, pattern, sizes, source, target, 0 if source is None else self._sizes[source])
 
-    def local_size(self, where: str, value: Any, dim: str, route: Route) -> int:
-        """The size of ``dim`` in a module. Errors: RankError where ``value`` is not that outside the module."""
-        expected = {self._sizes[dim], self.local(dim, route.before)}
+    def local_value(self, where: str, value: Any, side: LocalSize | Computed, before: str, inside: str) -> Any:
+        """What a module gets instead of ``value``. Errors: RankError where that is not the size outside the module."""
+        if isinstance(side, Computed):
+            return side.value(self.local(inside))
+        expected = {self._sizes[side.dim], self.local(before)[side.dim]}
         if value not in expected:
-            raise RankError(f"{where} is {value!r}, but the size of {dim} is {' or '.join(map(str, sorted(expected)))}")
-        return self.local(dim, route.inside)
+            sizes = " or ".join(map(str, sorted(expected)))
+            raise RankError(f"{where} is {value!r}, but the size of {side.dim} is {sizes}")
+        return self.local(inside)[side.dim]
 
-    def moved(self, moves: Mapping[Key, Move], stage: str) -> dict[Key, Tensor]:
-        """Each in its new layout, by keep, switch, split or gather; collective."""
-        return {key: self._moved(move, stage) for key, move in moves.items()}
+    def rows(self, where: str, table: Any, pattern: Pattern, sharded: str) -> Tensor:
+        """This rank's part of a table, of which the first rows count where it has more than the input. Errors: as `move`."""
+        if (sharded,) not in [terms[0] for terms in pattern.dims if len(terms) == 1]:
+            return moved({where: self.move(where, table, pattern, None, sharded)}, self.group, "")[where]
+        others = {dim: size for dim, size in self._sizes.items() if dim != sharded}
+        rows, whole = self.fit(f"{where} should be whole", table, pattern, others)[sharded], self._sizes[sharded]
+        if rows < whole:
+            raise RankError(f"{where}, {pattern.text!r}, has {rows} rows of {sharded}, and the input {whole}; it needs as many")
+        start, stop = self.part(sharded)
+        return table.narrow(pattern.dim_of(sharded), start, stop - start)
 
-    def _moved(self, move: Move, stage: str) -> Tensor:
-        pattern, source, target = move.pattern, move.source, move.target
-        if source == target:
-            return move.x
-        x, names = pattern.unflatten(move.x, move.sizes), pattern.names
-        if source is None:
-            x = split(x, dim=names.index(str(target)), group=self._group)
-        elif target is None:
-            x = gather(x, dim=names.index(source), size=self._sizes[source], group=self._group, stage=stage)
-        else:
-            dims = {"gather": names.index(source), "split": names.index(target)}
-            x = switch(x, **dims, size=self._sizes[source], group=self._group, stage=stage)
-        return pattern.flatten(x)
-
-    def _fit(self, where: str, x: Any, pattern: Pattern, known: Mapping[str, int]) -> dict[str, int]:
+    def fit(self, where: str, x: Any, pattern: Pattern, known: Mapping[str, int]) -> dict[str, int]:
+        """The size of each named dim of ``x``. Errors: RankError where its shape does not fit, UsageError for no tensor."""
         if not isinstance(x, Tensor):
             raise UsageError(f"{where}, {pattern.text!r}, but is a {type(x).__name__}; the plan names tensors there")
         try:

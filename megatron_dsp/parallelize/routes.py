@@ -6,8 +6,9 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 from megatron_dsp.errors import UsageError
+from megatron_dsp.parallelize.needs import Needs
 from megatron_dsp.parallelize.pattern import parse
-from megatron_dsp.parallelize.plan import Needs, Plan
+from megatron_dsp.parallelize.plan import Plan
 from megatron_dsp.planner import StageNeeds, cheapest_plan
 
 
@@ -20,15 +21,15 @@ class Route(NamedTuple):
 
 
 class Routes(NamedTuple):
-    """The sharded dim where the activation enters, each planned module's route, and the dim sharded where it leaves."""
+    """The sharded dim where the activation enters, the routes of each module's calls, and the dim sharded at the end."""
 
     start: str
-    modules: Mapping[str, Route]
+    modules: Mapping[str, tuple[Route, ...]]
     end: str
 
 
 def find_routes(
-    plan: Plan, planned: Mapping[str, Needs], sizes: Mapping[str, int], *, bytes_per_position: int, ranks: int
+    plan: Plan, planned: Mapping[str, tuple[Needs, ...]], sizes: Mapping[str, int], *, bytes_per_position: int, ranks: int
 ) -> Routes:
     """The routes of the modules ``planned``, in the order in which they run.
 
@@ -41,7 +42,7 @@ def find_routes(
         raise UsageError(
             f"{plan.shard}={sizes[plan.shard]} leaves some of {ranks} ranks without any; use at most as many ranks"
         )
-    stages = [_stage(name, needs, plan, sizes, ranks) for name, needs in planned.items()]
+    stages = {name: [_stage(name, needs, plan, sizes, ranks) for needs in calls] for name, calls in planned.items()}
 
     def layouts(chain: list[StageNeeds], end: str | None) -> tuple[str, ...]:
         found = cheapest_plan(
@@ -50,13 +51,16 @@ def find_routes(
         return tuple(dim for dim in found.layouts if dim is not None)  # None is for stages that may run whole; none may here
 
     if plan.switching == "lazy":
-        chain = layouts(stages, end=None)
+        chain = layouts([stage for calls in stages.values() for stage in calls], end=None)
         start = chain[0] if plan.shard is None else plan.shard
         steps = zip(planned, (start, *chain), chain, strict=False)
-        return Routes(start, {name: Route(before, inside, inside) for name, before, inside in steps}, chain[-1])
+        return Routes(start, {name: (Route(before, inside, inside),) for name, before, inside in steps}, chain[-1])
     shard = str(plan.shard)
-    inside = {stage.name: shard if shard not in stage.mixes else layouts([stage], end=shard)[0] for stage in stages}
-    return Routes(shard, {name: Route(shard, dim, shard) for name, dim in inside.items()}, shard)
+
+    def around(stage: StageNeeds) -> Route:
+        return Route(shard, shard if shard not in stage.mixes else layouts([stage], end=shard)[0], shard)
+
+    return Routes(shard, {name: tuple(map(around, calls)) for name, calls in stages.items()}, shard)
 
 
 def _stage(name: str, needs: Needs, plan: Plan, sizes: Mapping[str, int], ranks: int) -> StageNeeds:

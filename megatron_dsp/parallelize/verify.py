@@ -2,25 +2,33 @@
 
 from __future__ import annotations
 
-import copy
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.conv import _ConvNd
 
 from megatron_dsp.errors import UsageError
 from megatron_dsp.mesh import Mesh
-from megatron_dsp.parallelize.hooks import activations, attach, refuse_parallelized
-from megatron_dsp.parallelize.match import planned_modules
+from megatron_dsp.parallelize.arguments import Parameters, get
+from megatron_dsp.parallelize.hooks import activations, attach, refuse_parallelized, unparallelize
+from megatron_dsp.parallelize.match import modules_of, planned_modules
+from megatron_dsp.parallelize.needs import Needs, Place, Reduced
 from megatron_dsp.parallelize.pattern import parse
-from megatron_dsp.parallelize.plan import Key, Needs, Plan
+from megatron_dsp.parallelize.plan import Plan
+from megatron_dsp.parallelize.reductions import reduced_alone
+from megatron_dsp.parallelize.region import Region
+from megatron_dsp.parallelize.shards import moved
 
 Inputs: TypeAlias = Tensor | tuple[Any, ...] | Mapping[str, Any]
-_Activations: TypeAlias = dict[Key, tuple[Tensor, str]]  # what a module returned, with patterns
+_Activations: TypeAlias = dict[Place, tuple[Tensor, str]]  # what a module returned, with patterns
+_MIXING = (nn.GroupNorm, _NormBase, nn.MultiheadAttention, nn.RNNBase)
 _NOISE = 0.02  # standard deviation of what parameters that are all zero get
 _FLOOR = 1e-2  # a gradient is compared relative to its own largest value, or to this part of the largest of all
 
@@ -49,8 +57,8 @@ def verify(model: nn.Module, inputs: Inputs, *, plan: Plan, mesh: Mesh, toleranc
 
     ``inputs`` are those of one call, equal on all ranks of the sequence group: a tensor, a tuple of arguments, or a mapping of
     names to arguments. ``tolerance`` is relative; by default it goes by the dtype of the output: 1e-9, 1e-4 and 5e-2 in 64, 32
-    and 16 bits. Both runs are of one copy in evaluation mode, so without dropout, whose parameters that are all zero get some
-    noise, with a loss that weighs each position differently. The model and the generators of random numbers stay as they are.
+    and 16 bits. Both runs are in evaluation mode, so without dropout, with noise in parameters that are all zero, and with a
+    loss that weighs each position differently. Afterwards the model and the generators of random numbers are as they were.
     Use sizes that the ranks do not divide: many mistakes cancel where shards are equal.
 
     Collective over the sequence group. Every rank runs the model alone, so it must fit on one.
@@ -59,51 +67,34 @@ def verify(model: nn.Module, inputs: Inputs, *, plan: Plan, mesh: Mesh, toleranc
     they run, whose output differs; else for the output, or a parameter.
     """
     group = mesh.group("sequence")
-    leave = plan.leave
-    if leave is None:
+    if plan.leave is None:
         raise UsageError("verify compares the whole output: give the plan leave= for it")
     refuse_parallelized(model)
     planned = planned_modules(model, plan)
-    trial = _trial_copy(model)
     together = _Together(group)
-    calls: list[tuple[str, _Activations]] = []
-
-    def record(name: str, found: _Activations) -> None:
-        calls.append((name, {key: (x.detach().clone(), text) for key, (x, text) in found.items()}))
-
-    with torch.random.fork_rng([mesh.device] if mesh.device.type == "cuda" else []):
+    with ExitStack() as trial:
+        trial.enter_context(_on_trial(model))
+        trial.enter_context(torch.random.fork_rng([mesh.device] if mesh.device.type == "cuda" else []))
+        alone = _Record()
         with together.failing():
-            expected = _forward(trial, inputs, planned, record)
-            expected_gradients = _gradients(trial, expected)
+            expected = _forward(model, inputs, planned, alone)
+            expected_gradients = _gradients(model, expected)
         limit = _tolerance(expected[0].dtype) if tolerance is None else tolerance
-        region = attach(trial, plan, group, together.agree)
-        modules: dict[str, float] = {}
-        remaining = iter(calls)
-
-        def compare(name: str, found: _Activations) -> None:
-            alone_name, alone = next(remaining, ("nothing", {}))
-            if name != alone_name:  # as calls are equal on all ranks, so is this
-                raise UsageError(
-                    f"module {name!r} runs where {alone_name} runs in the model alone; do its calls depend on sizes?"
-                )
-            left = leave.tensors if leave.after and leave.module == name else ()
-            layouts = {key: None if key in left else region.routes.modules[name].after for key in found}
-            moves = {key: region.move(name, x.detach(), parse(text), layouts[key], None) for key, (x, text) in found.items()}
-            wholes = region.moved(moves, "verify")
-            modules[name] = max(_difference(whole, alone[key][0]) for key, whole in wholes.items())
-            together.refuse(f"module {name!r} is the first whose output differs", modules[name], limit)
-
+        region = attach(model, plan, group, together.agree)
+        trial.callback(unparallelize, model)
+        together.mixers = _mixers(model, planned, region, trial)
+        comparison = _Comparison(alone, region, together, limit)
         with together.failing():
-            output = _forward(trial, inputs, planned, compare)
+            output = _forward(model, inputs, planned, comparison)
             if [x.shape for x in output] != [x.shape for x in expected]:
                 shapes = ", ".join(
                     f"{tuple(x.shape)} instead of {tuple(y.shape)}" for x, y in zip(output, expected, strict=False)
                 )
                 raise UsageError(f"the model returns tensors of shape {shapes}; leave where all that follows needs is gathered")
         difference = max(map(_difference, output, expected))
-        together.refuse("all planned modules agree, but the model's output differs", difference, limit)
+        together.refuse("all planned modules agree, but the model's output differs:", difference, limit)
         with together.failing():
-            gradients = _gradients(trial, output)
+            gradients = _gradients(model, output)
     largest = max((float(gradient.abs().max()) for gradient in expected_gradients.values()), default=0.0)
     differences = {}
     for name, gradient in gradients.items():
@@ -111,8 +102,74 @@ def verify(model: nn.Module, inputs: Inputs, *, plan: Plan, mesh: Mesh, toleranc
         differences[name] = _difference(gradient / group.size(), expected_gradients[name], _FLOOR * largest)
     worst = max(differences, key=lambda name: differences[name], default=None)
     if worst is not None:
-        together.refuse(f"outputs agree, but the averaged gradient of parameter {worst!r} differs", differences[worst], limit)
-    return Report(modules, difference, differences)
+        together.refuse(f"outputs agree, but the averaged gradient of parameter {worst!r} differs:", differences[worst], limit)
+    return Report(comparison.differences, difference, differences)
+
+
+class _Visitor(Protocol):
+    """Sees what goes into planned modules, inside the switches, and what comes out of them, outside."""
+
+    def start(self, name: str, needs: Needs, x: Tensor) -> None: ...
+
+    def end(self, name: str, needs: Needs, found: _Activations) -> None: ...
+
+
+class _Record:
+    """What planned modules take and return in the model alone."""
+
+    def __init__(self) -> None:
+        self.taken: list[tuple[str, Tensor]] = []
+        self.returned: list[tuple[str, _Activations]] = []
+
+    def start(self, name: str, needs: Needs, x: Tensor) -> None:
+        self.taken.append((name, x.detach().clone()))
+
+    def end(self, name: str, needs: Needs, found: _Activations) -> None:
+        self.returned.append((name, {place: (x.detach().clone(), text) for place, (x, text) in found.items()}))
+
+
+class _Comparison:
+    """Compares what planned modules take and return in ``region`` with a record, and refuses more than ``limit``."""
+
+    def __init__(self, alone: _Record, region: Region, together: _Together, limit: float):
+        self.region, self.differences = region, dict[str, float]()
+        self._taken, self._returned = iter(alone.taken), iter(alone.returned)
+        self._together, self._limit = together, limit
+
+    def start(self, name: str, needs: Needs, x: Tensor) -> None:
+        expected = self._next(self._taken, name)
+        whole = self._whole(name, {0: (x, needs.pattern, self.region.called[name].route.inside)})[0]
+        what = f"module {name!r} is the first whose input differs, so what runs before it in the region does:"
+        self._together.refuse(what, _difference(whole, expected), self._limit)
+
+    def end(self, name: str, needs: Needs, found: _Activations) -> None:
+        expected, route = self._next(self._returned, name), self.region.called[name].route
+        leave = self.region.plan.leave
+        left = leave.tensors if leave is not None and leave.after and leave.module == name else ()
+        wholes = self._whole(
+            name, {place: (x, text, None if place in left else route.after) for place, (x, text) in found.items()}
+        )
+        differences = []
+        for place, whole in wholes.items():
+            kept, one = needs.outputs.get(place), expected[place][0]
+            if isinstance(kept, Reduced):
+                one = reduced_alone(one, kept, route, self.region)
+            differences.append(_difference(whole, one))
+        self.differences[name] = max(differences)
+        self._together.refuse(f"module {name!r} is the first whose output differs:", self.differences[name], self._limit)
+
+    def _whole(self, name: str, tensors: Mapping[Place, tuple[Tensor, str, str | None]]) -> dict[Place, Tensor]:
+        moves = {
+            place: self.region.move(f"module {name!r}", x.detach(), parse(text), layout, None)
+            for place, (x, text, layout) in tensors.items()
+        }
+        return moved(moves, self.region.group, "verify")
+
+    def _next(self, records: Iterator[tuple[str, Any]], name: str) -> Any:
+        alone, found = next(records, ("nothing", None))
+        if name != alone:  # as calls are equal on all ranks, so is this
+            raise UsageError(f"module {name!r} runs where {alone} runs in the model alone; do its calls depend on sizes?")
+        return found
 
 
 class _AgreedError(UsageError):
@@ -124,6 +181,7 @@ class _Together:
 
     def __init__(self, group: dist.ProcessGroup):
         self._group = group
+        self.mixers: Mapping[str, str] = {}  # modules that ran on shards though they mix what may be sharded, and their types
 
     def agree(self, error: Exception | None) -> None:
         """Raise on all ranks where one of them has an error; collective."""
@@ -148,42 +206,87 @@ class _Together:
 
     def refuse(self, what: str, difference: float, limit: float) -> None:
         """Raise where the difference is larger than the limit, or is not a number."""
-        text = f"{what}: by {difference:.1e} of its largest value, where {limit:.0e} is allowed; see docs/parallelize.md"
+        hint = "".join(f"; {name!r}, a {kind}, mixes positions and is not planned" for name, kind in self.mixers.items())
+        text = f"{what} by {difference:.1e} of its largest value, where {limit:.0e} is allowed{hint}; see docs/parallelize.md"
         self.agree(None if difference <= limit else UsageError(text))
 
 
-def _trial_copy(model: nn.Module) -> nn.Module:
-    """A copy in which no parameter hides what is behind it by being zero."""
-    trial = copy.deepcopy(model).eval()
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for parameter in trial.parameters():
-            if parameter.is_floating_point() and not parameter.any():
-                parameter.add_(_NOISE * torch.randn(parameter.shape, generator=generator).to(parameter))
-    return trial
+def _mixers(model: nn.Module, planned: Mapping[str, tuple[Needs, ...]], region: Region, exits: ExitStack) -> Mapping[str, str]:
+    """Modules that often mix positions, and are not planned: those that run in the region until ``exits``, with their types."""
+    found: dict[str, str] = {}
 
-
-def _forward(
-    model: nn.Module, inputs: Inputs, planned: Mapping[str, Needs], visit: Callable[[str, _Activations], None]
-) -> list[Tensor]:
-    """The tensors that the model returns. ``visit`` sees what each planned module returns, after all other hooks.
-
-    Errors: UsageError that names the planned module where code of the model raises.
-    """
-    modules, running = dict(model.named_modules()), ["outside the planned modules"]
-
-    def start(name: str) -> Callable[..., None]:
-        return lambda module, args: running.append(f"in module {name!r}")
-
-    def end(name: str, needs: Needs) -> Callable[..., None]:
-        def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-            running.pop()
-            visit(name, activations(name, needs, output))
+    def ran(name: str, module: nn.Module) -> Callable[..., None]:
+        def hook(*_: Any) -> None:
+            if region.is_entered:
+                found[name] = type(module).__name__
 
         return hook
 
-    handles = [modules[name].register_forward_pre_hook(start(name)) for name in planned]
-    handles += [modules[name].register_forward_hook(end(name, needs)) for name, needs in planned.items()]
+    for name, module in modules_of(model).items():
+        mixes = isinstance(module, _MIXING) or (isinstance(module, _ConvNd) and max(module.kernel_size) > 1)
+        if mixes and name not in planned:
+            exits.callback(module.register_forward_pre_hook(ran(name, module)).remove)
+    return found
+
+
+@contextmanager
+def _on_trial(model: nn.Module) -> Iterator[None]:
+    """``model`` in evaluation mode, no parameter of which hides what is behind it by being zero; afterwards it is as it was.
+
+    Not a copy: many models cannot be copied, and it would take as much memory again.
+    """
+    training = {module: module.training for module in model.modules()}
+    gradients = {parameter: parameter.grad for parameter in model.parameters()}
+    buffers = {buffer: buffer.detach().clone() for buffer in model.buffers()}
+    zeros = [parameter for parameter in gradients if parameter.is_floating_point() and not parameter.any()]
+    generator = torch.Generator().manual_seed(0)
+    try:
+        with torch.no_grad():
+            for parameter in zeros:
+                parameter.add_(_NOISE * torch.randn(parameter.shape, generator=generator).to(parameter))
+        model.eval()
+        yield
+    finally:
+        for module, was in training.items():
+            module.training = was
+        for parameter, gradient in gradients.items():
+            parameter.grad = gradient
+        with torch.no_grad():
+            for zero in zeros:
+                zero.zero_()
+            for buffer, value in buffers.items():
+                buffer.copy_(value)
+
+
+def _forward(model: nn.Module, inputs: Inputs, planned: Mapping[str, tuple[Needs, ...]], visitor: _Visitor) -> list[Tensor]:
+    """The tensors that the model returns. ``visitor`` sees planned modules after all other hooks.
+
+    Errors: UsageError that names the planned module where code of the model raises.
+    """
+    modules, running, calls = modules_of(model), ["outside the planned modules"], Counter[str]()
+    parameters = {name: Parameters(f"module {name!r}", modules[name]) for name in planned}
+
+    def needs_of(name: str) -> Needs:
+        return planned[name][(calls[name] - 1) % len(planned[name])]
+
+    def start(name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            running.append(f"in module {name!r}")
+            calls[name] += 1
+            path = parameters[name].required(needs_of(name).activation, (args, kwargs))
+            visitor.start(name, needs_of(name), get((args, kwargs), path))
+
+        return hook
+
+    def end(name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            running.pop()
+            visitor.end(name, needs_of(name), activations(name, needs_of(name), output))
+
+        return hook
+
+    handles = [modules[name].register_forward_pre_hook(start(name), with_kwargs=True) for name in planned]
+    handles += [modules[name].register_forward_hook(end(name)) for name in planned]
     torch.manual_seed(0)
     try:
         if isinstance(inputs, Mapping):

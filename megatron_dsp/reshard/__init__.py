@@ -2,7 +2,7 @@
 
 from megatron_dsp.reshard.ledger import Ledger, ledger
 from megatron_dsp.reshard.overlap import FixedOverlap
-from megatron_dsp.reshard.primitives import gather, mean, mean_loss, split, switch
+from megatron_dsp.reshard.primitives import all_reduce, gather, mean, mean_loss, split, switch
 from megatron_dsp.reshard.region import Region, Stage
 from megatron_dsp.reshard.schedule import Schedule
 
@@ -12,6 +12,7 @@ __all__ = [
     "Region",
     "Schedule",
     "Stage",
+    "all_reduce",
     "gather",
     "ledger",
     "mean",

@@ -159,6 +159,12 @@ def mean(x: Tensor, *, dim: int, size: int, group: dist.ProcessGroup | None = No
     return local.to(x.dtype)
 
 
+def all_reduce(x: Tensor, *, group: dist.ProcessGroup | None = None, stage: str = "") -> Tensor:
+    """The sum over the ranks of their ``x``, the same on every rank. Its adjoint sums the ranks' gradients."""
+    members = _members(group)
+    return x if members.size == 1 else _AllReduce.apply(x, members.name, stage, "all-reduce")
+
+
 class _AllReduce(torch.autograd.Function):
     """Its adjoint is itself: each rank's output depends on all inputs, and the ranks' gradients are partial sums."""
 

@@ -15,11 +15,11 @@ from megatron_dsp.parallelize.routes import Route, find_routes
 
 def test_names_and_groups():
     pattern = parse(" (B T)  S C ")
-    assert pattern.groups == (("B", "T"), ("S",), ("C",))
+    assert pattern.dims == ((("B", "T"),), (("S",),), (("C",),))
     assert pattern.names == ("B", "T", "S", "C")
 
 
-@pytest.mark.parametrize("text", ["", "()", "(B T S", "B ((T) S)", "B ... C", "B 1 C", "B, T"])
+@pytest.mark.parametrize("text", ["", "()", "(B T S", "B ((T) S)", "B ... C", "B 1+ C", "B T+-S", "B(T)", "B, T"])
 def test_what_is_no_pattern(text):
     with pytest.raises(dsp.UsageError, match="must be names of dims"):
         parse(text)
@@ -82,7 +82,10 @@ def _plan(**changes) -> Plan:
         ({"switching": "eager"}, "switching='eager' must be"),
         ({"shard": None}, "'around' needs shard="),
         ({"switching": "lazy", "leave": None}, "without leave= is not built"),
-        ({"enter": Boundary("blocks.0", {0: "(B T) S C"})}, "sizes of dims that are flattened"),
+        (
+            {"enter": Boundary("blocks.0", {0: "(B T) S C"})},
+            "sizes of B and T in .* cannot be told apart; find all but one in sizes=",
+        ),
         ({"enter": Boundary("blocks.0", {0: "B T C"})}, "enter: the first pattern, 'B T C', must name 'S'"),
         ({"leave": Boundary("norm", {0: "B S C"})}, "leave: the first pattern, 'B S C', must name 'T'"),
         ({"modules": {"a": Needs("(B S) X C", whole="T")}}, "whole='T' is not in its pattern"),
@@ -91,7 +94,7 @@ def _plan(**changes) -> Plan:
         ({"modules": {"a": Needs("B T S C", whole=("T", "S"))}}, "none of T, S can be sharded then"),
         (
             {"modules": {"a": Needs("B T S C", whole="S", outputs={0: "B T C"})}},
-            "reduces over a dim that may be sharded is not built",
+            "has no 'S', which may be sharded; if the module sums or averages over it, say Reduced",
         ),
         ({"modules": {"a": Needs("B T S C", whole="S", least=0)}}, "least=0 must be at least 1"),
         ({"modules": {"a": Needs("B T S C", whole="S", arguments={1: "B T"})}}, "say Slice"),
@@ -123,7 +126,7 @@ class Model(nn.Module):
 def test_modules_are_matched_name_by_name():
     planned = planned_modules(Model(), _plan())
     assert list(planned) == ["blocks.0.spatial", "blocks.0.temporal", "blocks.1.spatial", "blocks.1.temporal"]
-    assert planned["blocks.1.temporal"] is TEMPORAL
+    assert planned["blocks.1.temporal"] == (TEMPORAL,)
     assert list(planned_modules(Model(), _plan(modules={"blocks.*": SPATIAL}))) == ["blocks.0", "blocks.1"]
 
 
@@ -152,24 +155,28 @@ def test_plans_that_do_not_fit_the_model(changes, message):
 
 def test_routes_around():
     sizes = {"B": 1, "T": 8, "S": 6}
-    routes = find_routes(_plan(), {"s": SPATIAL, "t": TEMPORAL}, sizes, bytes_per_position=4, ranks=2)
-    assert routes.modules == {"s": Route("T", "T", "T"), "t": Route("T", "S", "T")}
+    routes = find_routes(_plan(), {"s": (SPATIAL,), "t": (TEMPORAL,)}, sizes, bytes_per_position=4, ranks=2)
+    assert routes.modules == {"s": (Route("T", "T", "T"),), "t": (Route("T", "S", "T"),)}
 
 
 def test_routes_of_a_chain_are_the_planners():
     plan = _plan(switching="lazy", shard=None)
-    planned = {f"{i}": TEMPORAL if dim == "t" else SPATIAL for i, dim in enumerate("ttstts")}
+    planned = {f"{i}": (TEMPORAL if dim == "t" else SPATIAL,) for i, dim in enumerate("ttstts")}
     routes = find_routes(plan, planned, {"B": 1, "T": 16, "S": 64}, bytes_per_position=64, ranks=4)
-    assert (routes.start, [route.inside for route in routes.modules.values()], routes.end) == ("S", list("SSTSST"), "T")
-    assert [route.before for route in routes.modules.values()] == list("SSSTSS")
+    assert (routes.start, [route.inside for (route,) in routes.modules.values()], routes.end) == ("S", list("SSTSST"), "T")
+    assert [route.before for (route,) in routes.modules.values()] == list("SSSTSS")
 
 
 @pytest.mark.parametrize(
     ("planned", "sizes", "message"),
     [
-        ({"t": TEMPORAL}, {"B": 1, "T": 2, "S": 9}, "T=2 leaves some of 4 ranks without any"),
-        ({"t": TEMPORAL}, {"B": 1, "T": 8, "S": 3}, "module 't' runs with S sharded and needs at least 1 .*S=3 over 4 ranks"),
-        ({"s": Needs("B T S C", "S", least=3)}, {"B": 1, "T": 11, "S": 9}, "module 's' .*at least 3 .*use at most 3 ranks"),
+        ({"t": (TEMPORAL,)}, {"B": 1, "T": 2, "S": 9}, "T=2 leaves some of 4 ranks without any"),
+        (
+            {"t": (TEMPORAL,)},
+            {"B": 1, "T": 8, "S": 3},
+            "module 't' runs with S sharded and needs at least 1 .*S=3 over 4 ranks",
+        ),
+        ({"s": (Needs("B T S C", "S", least=3),)}, {"B": 1, "T": 11, "S": 9}, "module 's' .*at least 3 .*use at most 3 ranks"),
     ],
 )
 def test_too_many_ranks(planned, sizes, message):

@@ -1,0 +1,73 @@
+"""Attributes of a module that hold what is local while it runs: tables of positions, numbers of a config."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from megatron_dsp.errors import UsageError
+from megatron_dsp.parallelize.needs import Computed, LocalSize, Slice
+from megatron_dsp.parallelize.pattern import parse
+from megatron_dsp.parallelize.region import Region
+
+_NOTHING = object()
+
+
+class LocalAttributes:
+    """Of one module.
+
+    Local values stand before the module's own in its ``__dict__``. So buffers, parameters and the objects in which numbers lie
+    stay what they are, for other modules and for the state dict.
+    """
+
+    def __init__(self, name: str, module: nn.Module, sides: Mapping[str, Slice | LocalSize | Computed]):
+        self._where, self._module, self._sides = f"module {name!r}: attribute", module, sides
+        self._own: dict[str, Any] = {}
+        for path in sides:
+            self._value(path)
+
+    def make_local(self, region: Region, sharded: str) -> None:
+        """Until `restore`, the module finds what it has where ``sharded`` is sharded. Errors: RankError for other shapes."""
+        self.restore()
+        for path, side in self._sides.items():
+            where, own = f"{self._where} {path!r}", self._value(path)
+            if isinstance(side, Slice):
+                value = region.rows(where, own, parse(side.pattern), sharded)
+            else:
+                value = region.local_value(where, own, side, sharded, sharded)
+            first, *rest = path.split(".")
+            self._put(first, _with_attribute(getattr(self._module, first), rest, value) if rest else value)
+
+    def restore(self) -> None:
+        """The module finds its own attributes again."""
+        for name, value in self._own.items():
+            if value is _NOTHING:
+                del self._module.__dict__[name]
+            else:
+                self._module.__dict__[name] = value
+        self._own.clear()
+
+    def _put(self, name: str, value: Any) -> None:
+        self._own.setdefault(name, self._module.__dict__.get(name, _NOTHING))
+        self._module.__dict__[name] = value
+
+    def _value(self, path: str) -> Any:
+        value: Any = self._module
+        for name in path.split("."):
+            if not hasattr(value, name):
+                raise UsageError(f"{self._where} {path!r} is not there: a {type(value).__name__} has no {name!r}")
+            value = getattr(value, name)
+        return value
+
+
+def _with_attribute(value: Any, path: list[str], new: Any) -> Any:
+    """A shallow copy of ``value`` in which one attribute, or one of an attribute, is ``new``."""
+    name, *rest = path
+    if isinstance(value, (Tensor, nn.Module)):
+        raise UsageError(f"a {type(value).__name__} that holds {name!r} cannot be copied; name its own module in attributes=")
+    result = copy.copy(value)
+    setattr(result, name, _with_attribute(getattr(value, name), rest, new) if rest else new)
+    return result
