@@ -52,7 +52,7 @@ class Parameters:
         for depth, item in enumerate(items):
             if value is None:
                 return None
-            value = _item(value, item, f"{self._where}: argument {(key, *items[:depth])!r}" if depth else self.named(key))
+            value = _item(value, item, f"{self.named((key, *items[:depth]) if depth else key)} is")
         return None if value is None else (position, *items)
 
     def required(self, place: Place, passed: Passed) -> tuple[Key, ...]:

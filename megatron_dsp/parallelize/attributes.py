@@ -24,8 +24,10 @@ class LocalAttributes:
     """
 
     def __init__(self, name: str, module: nn.Module, sides: Mapping[str, Slice | LocalSize | Computed]):
-        self._where, self._module, self._sides = f"module {name!r}: attribute", module, sides
+        self._where, self._sides = f"module {name!r}: attribute", sides
+        self.module = module  # or its copy in a copied model: the one that runs
         self._own: dict[str, Any] = {}
+        self.waiting = False  # whether the module runs, and waits for the region to be entered in it
         for path in sides:
             self._value(path)
 
@@ -39,23 +41,32 @@ class LocalAttributes:
             else:
                 value = region.local_value(where, own, side, sharded, sharded)
             first, *rest = path.split(".")
-            self._put(first, _with_attribute(getattr(self._module, first), rest, value) if rest else value)
+            self._put(first, _with_attribute(getattr(self.module, first), rest, value) if rest else value)
+
+    def wait(self, module: nn.Module) -> None:
+        """The module is called, and the region is to be entered in it."""
+        self.module, self.waiting = module, True
+
+    def finish(self) -> None:
+        """The module has returned, or raised."""
+        self.waiting = False
+        self.restore()
 
     def restore(self) -> None:
         """The module finds its own attributes again."""
         for name, value in self._own.items():
             if value is _NOTHING:
-                del self._module.__dict__[name]
+                del self.module.__dict__[name]
             else:
-                self._module.__dict__[name] = value
+                self.module.__dict__[name] = value
         self._own.clear()
 
     def _put(self, name: str, value: Any) -> None:
-        self._own.setdefault(name, self._module.__dict__.get(name, _NOTHING))
-        self._module.__dict__[name] = value
+        self._own.setdefault(name, self.module.__dict__.get(name, _NOTHING))
+        self.module.__dict__[name] = value
 
     def _value(self, path: str) -> Any:
-        value: Any = self._module
+        value: Any = self.module
         for name in path.split("."):
             if not hasattr(value, name):
                 raise UsageError(f"{self._where} {path!r} is not there: a {type(value).__name__} has no {name!r}")

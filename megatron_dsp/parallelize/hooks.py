@@ -96,14 +96,13 @@ def attach(model: nn.Module, plan: Plan, group: dist.ProcessGroup, agree: Agree 
             before(boundary.module, _before_boundary(region, boundary, enters, modules[boundary.module], around_entry))
     for name in modules:
         if name in planned:
-            module = _PlannedModule(region, name, modules[name], attributes.get(name))
-            before(name, lambda _, args, kwargs, module=module: module.before((args, kwargs)))
-            after(name, lambda _, args, output, module=module: module.after(output))
-            at_last(name, lambda *_, module=module: module.finish())
+            runs = _PlannedModule(region, name, modules[name], attributes.get(name))
+            before(name, lambda module, args, kwargs, runs=runs: runs.before(module, (args, kwargs)))
+            after(name, lambda module, args, output, runs=runs: runs.after(output))
+            at_last(name, lambda *_, runs=runs: runs.finish())
         elif name in attributes:
-            if attributes[name] not in around_entry:
-                before(name, _before_attributes(region, name, attributes[name]))
-            at_last(name, lambda *_, found=attributes[name]: found.restore())
+            before(name, _before_attributes(region, name, attributes[name], wait=attributes[name] in around_entry))
+            at_last(name, lambda *_, found=attributes[name]: found.finish())
     return region
 
 
@@ -175,15 +174,20 @@ def _boundary_moves(
 
 
 def _turn(attributes: list[LocalAttributes], region: Region | None) -> None:
-    """To local values where the region is entered, back where it is left."""
+    """Of modules that run now: to local values where the region is entered, back where it is left."""
     for found in attributes:
-        found.restore() if region is None else found.make_local(region, region.routes.start)
+        if found.waiting:
+            found.restore() if region is None else found.make_local(region, region.routes.start)
 
 
-def _before_attributes(region: Region, name: str, attributes: LocalAttributes) -> Callable[..., Any]:
+def _before_attributes(region: Region, name: str, attributes: LocalAttributes, *, wait: bool) -> Callable[..., Any]:
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if wait:
+            attributes.wait(module)
+            return
         with region.checked():
             region.within(f"module {name!r}")
+            attributes.module = module
             attributes.make_local(region, region.routes.start)
 
     return hook
@@ -207,7 +211,7 @@ class _PlannedModule:
         self._parameters = Parameters(self._where, module)
         self._running: list[_Running] = []
 
-    def before(self, passed: Passed) -> Passed:
+    def before(self, module: nn.Module, passed: Passed) -> Passed:
         """The arguments that the module gets."""
         region, running = self._region, _Running(ExitStack())
         self._running.append(running)
@@ -229,6 +233,7 @@ class _PlannedModule:
                     values[found] = region.local_value(where, get(passed, found), side, route.before, route.inside)
             if self._attributes is not None:
                 running.exits.callback(self._attributes.restore)
+                self._attributes.module = module
                 self._attributes.make_local(region, route.inside)
         passed, undo = put(passed, {**values, **moved(moves, region.group, self._name)})
         for put_back in undo:
