@@ -4,7 +4,19 @@ from megatron_dsp.errors import UsageError
 from megatron_dsp.initialize import initialize
 from megatron_dsp.layout import Layout, shard_range, shard_sizes
 from megatron_dsp.mesh import Mesh
-from megatron_dsp.parallelize import Boundary, Carried, LocalSize, Needs, Plan, Slice, parallelize, unparallelize, verify
+from megatron_dsp.parallelize import (
+    Boundary,
+    Carried,
+    Computed,
+    LocalSize,
+    Needs,
+    Plan,
+    Reduced,
+    Slice,
+    parallelize,
+    unparallelize,
+    verify,
+)
 from megatron_dsp.reshard import Ledger, Region, Stage, gather, ledger, mean, mean_loss, split, switch
 from megatron_dsp.training.deepspeed_engine import deepspeed_initialize
 from megatron_dsp.training.rng import random_along, repeat_random, seed
@@ -13,12 +25,14 @@ from megatron_dsp.training.sampler import sampler
 __all__ = [
     "Boundary",
     "Carried",
+    "Computed",
     "Layout",
     "Ledger",
     "LocalSize",
     "Mesh",
     "Needs",
     "Plan",
+    "Reduced",
     "Region",
     "Slice",
     "Stage",
