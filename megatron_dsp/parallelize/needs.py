@@ -88,6 +88,12 @@ class Needs:
         return (self.whole,) if isinstance(self.whole, str) else tuple(self.whole)
 
     @property
+    def attends(self) -> tuple[str, ...]:
+        """The dims over which ``attention`` runs, on whichever rank their parts are."""
+        tokens = () if self.attention is None else parse(self.attention).dims[-2]
+        return tuple(name for term in tokens if not isinstance(term, int) for name in term)
+
+    @property
     def patterns(self) -> list[Pattern]:
         """All of its patterns, the activation's first."""
         named: list[Any] = [*self.arguments.values(), *self.outputs.values()]

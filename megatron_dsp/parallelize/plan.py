@@ -102,7 +102,6 @@ class Plan:
         for what, is_there, instead in (
             ("without leave=", self.leave is None, "the layout at the end is the planner's; give leave="),
             ("attributes=", bool(self.attributes), "use 'around', or pass them as arguments"),
-            ("attention=", any(needs.attention for _, needs in self.all_needs()), "use 'around'"),
             ("several needs of a module", any(len(self.needs_of(name)) > 1 for name in self.modules), "use 'around'"),
         ):
             if is_there:
@@ -177,7 +176,7 @@ class Plan:
                 f"{where}: attention={text!r} must be the pattern of queries, with a dim named {HEADS!r} and the tokens before "
                 f"the head size, as 'B {HEADS} N D'"
             )
-        if self.shard not in pattern.names:
+        if self.switching == "around" and self.shard not in pattern.names:
             raise UsageError(f"{where}: attention={text!r} does not name {self.shard!r}, the dim sharded between modules")
         self._check_pattern(f"{where}: attention", pattern, self.known)
 

@@ -9,7 +9,7 @@ from megatron_dsp.errors import UsageError
 from megatron_dsp.parallelize.needs import Needs
 from megatron_dsp.parallelize.pattern import parse
 from megatron_dsp.parallelize.plan import Plan
-from megatron_dsp.planner import StageNeeds, cheapest_plan
+from megatron_dsp.planner import Attention, StageNeeds, cheapest_plan
 
 
 class Route(NamedTuple):
@@ -42,7 +42,10 @@ def find_routes(
         raise UsageError(
             f"{plan.shard}={sizes[plan.shard]} leaves some of {ranks} ranks without any; use at most as many ranks"
         )
-    stages = {name: [_stage(name, needs, plan, sizes, ranks) for needs in calls] for name, calls in planned.items()}
+    stages = {
+        name: [_stage(name, needs, plan, sizes, bytes_per_position, ranks) for needs in calls]
+        for name, calls in planned.items()
+    }
 
     def layouts(chain: list[StageNeeds], end: str | None) -> tuple[str, ...]:
         found = cheapest_plan(
@@ -63,15 +66,23 @@ def find_routes(
     return Routes(shard, {name: tuple(map(around, calls)) for name, calls in stages.items()}, shard)
 
 
-def _stage(name: str, needs: Needs, plan: Plan, sizes: Mapping[str, int], ranks: int) -> StageNeeds:
-    """What is not to be sharded while the module runs: what it mixes, what its pattern does not name, what is too small."""
+def _stage(name: str, needs: Needs, plan: Plan, sizes: Mapping[str, int], bytes_per_position: int, ranks: int) -> StageNeeds:
+    """What is not to be sharded while the module runs: what it mixes, what its patterns do not name, what is too small.
+
+    And, in a chain, what it attends over wherever its parts are, at the cost of even heads: their number is not known yet.
+    """
     small = [dim for dim in plan.dims if ranks > 1 and sizes[dim] // ranks < needs.least]
     if plan.switching == "around" and plan.shard in small and plan.shard not in needs.mixes:
         raise UsageError(_too_small(name, [str(plan.shard)], needs, sizes, ranks))
-    named = parse(needs.pattern).names
+    named = set(parse(needs.pattern).names)
+    if needs.attention is not None:
+        named &= set(parse(needs.attention).names)
     kept = tuple(dict.fromkeys([*needs.mixes, *(dim for dim in plan.dims if dim not in named), *small]))
     if not set(plan.dims) - set(kept):
         raise UsageError(_too_small(name, [dim for dim in small if dim not in needs.mixes], needs, sizes, ranks))
+    attended = tuple(dim for dim in plan.dims if dim in needs.attends)
+    if plan.switching == "lazy" and attended and not kept:
+        return StageNeeds(name, attended, Attention(ranks, max(1, bytes_per_position // ranks)))
     return StageNeeds(name, kept)
 
 

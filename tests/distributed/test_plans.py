@@ -284,6 +284,38 @@ def _joint(text: bool) -> Plan:
     )
 
 
+class Layer(nn.Module):
+    """Attends over dims of [B, T, S, C]: one of them, or both."""
+
+    def __init__(self, dims: tuple[int, ...]):
+        super().__init__()
+        self.dims, self.qkv = dims, nn.Linear(C, 3 * C)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = x.transpose(1, 2) if self.dims == (1,) else x
+        flat = y.flatten(1, 2) if len(self.dims) == 2 else y.flatten(0, 1)
+        query, key, value = (z.unflatten(2, (3, -1)).transpose(1, 2) for z in self.qkv(flat).chunk(3, -1))
+        y = y + scaled_dot_product_attention(query, key, value).transpose(1, 2).reshape(y.shape)
+        return y.transpose(1, 2) if self.dims == (1,) else y
+
+
+class Layers(nn.Sequential):
+    def __init__(self):
+        super().__init__(nn.Linear(C, C), *(Layer(dims) for dims in ((1,), (1, 2), (1,), (2,), (1, 2))), nn.Linear(C, 3))
+
+
+LAYERS = Plan(
+    switching="lazy",
+    enter=Boundary("1", {0: "B T S C"}),
+    leave=Boundary("6", {0: "B T S C"}),
+    modules={
+        "[13]": Needs("B T S C", "T"),
+        "4": Needs("B T S C", "S"),
+        "[25]": Needs("B T S C", attention="B heads (T S) D"),
+    },
+)
+
+
 class Case(NamedTuple):
     model: Callable[..., nn.Module]
     plan: Plan
@@ -304,6 +336,8 @@ CASES = {
     ),
     "grouped queries": Case(partial(JointModel, 6, 3), _joint(True), (VIDEO, TEXT), {"switch": 4, "gather": 2}),
     "a mask of each head": Case(partial(JointModel, 3, mask=True), _joint(True), (VIDEO, TEXT), {"switch": 4, "gather": 2}),
+    # The first three layers stay in S; one switch, and two of heads in each of two layers.
+    "a chain with full attention": Case(Layers, LAYERS, (VIDEO,), {"switch": 1 + 2 * 2}),
     "causal, one head": Case(partial(JointModel, 1, 1, text=False, causal=True), _joint(False), (VIDEO, TEXT), {"switch": 4}),
 }
 

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import megatron_dsp as dsp
-from megatron_dsp.parallelize import Boundary, Carried, LocalSize, Needs, Plan, Slice
+from megatron_dsp.parallelize import Boundary, Carried, LocalSize, Needs, Plan, Reduced, Slice
 from megatron_dsp.parallelize.match import check_boundaries, planned_modules
 from megatron_dsp.parallelize.pattern import parse
 from megatron_dsp.parallelize.routes import Route, find_routes
@@ -60,6 +60,44 @@ def test_flatten_and_back():
     assert torch.equal(pattern.flatten(pattern.unflatten(x, sizes)), x)
 
 
+def test_tokens_beside_the_grid():
+    pattern = parse("B L+(S T)+2 1 C")
+    assert pattern.names == ("B", "L", "S", "T", "C")
+    assert pattern.dims[1] == (("L",), ("S", "T"), 2)
+    sizes = pattern.sizes((2, 37, 1, 4), {"S": 5, "T": 6})
+    assert sizes == {"B": 2, "L": 5, "S": 5, "T": 6, "C": 4}
+    assert pattern.shape({**sizes, "T": 7}) == (2, 42, 1, 4)
+    assert [size for size, _ in pattern.parts(1, sizes)] == [5, 30, 2]
+    assert (pattern.index("B"), pattern.index("C")) == (0, 3)
+    assert pattern.parts(1, sizes)[1][1].index("T") == 2
+
+
+@pytest.mark.parametrize(
+    ("text", "shape", "known", "message"),
+    [
+        ("B 1+(S T)", (2, 32), {"S": 5, "T": 6}, r"dim 1 must be 1 \+ S=5 x T=6 = 31"),
+        ("B 1+S", (2, 0), {}, r"dim 1 must be 1 \+ S"),
+        ("B 1+(S T)", (2, 33), {"T": 6}, r"dim 1 must be 1 \+ T=6"),
+        ("L+N C", (7, 2), {"N": 9}, r"dim 0 must be L \+ N=9"),
+        ("1 C", (2, 2), {}, "dim 0 must be 1"),
+    ],
+)
+def test_sums_that_do_not_fit(text, shape, known, message):
+    with pytest.raises(ValueError, match=message):
+        parse(text).sizes(shape, known)
+
+
+def test_a_pattern_has_one_sum():
+    with pytest.raises(dsp.UsageError, match="has two sums"):
+        parse("B 1+S 1+T")
+
+
+def test_heads_are_divided_with_the_queries_of_a_group():
+    pattern = parse("(B heads) N D").with_dim_after("heads", "per group")
+    assert pattern.names == ("B", "heads", "per group", "N", "D")
+    assert pattern.sizes((12, 5, 4), {"heads": 3, "per group": 2}) == {"B": 2, "heads": 3, "per group": 2, "N": 5, "D": 4}
+
+
 ENTER, LEAVE = Boundary("blocks.0", {0: "B T S C"}), Boundary("norm", {0: "B T S C"})
 TEMPORAL = Needs("(B S) T C", whole="T")
 SPATIAL = Needs("(B T) S C", whole="S")
@@ -104,6 +142,17 @@ def _plan(**changes) -> Plan:
             "Carried with switching='lazy' is not built",
         ),
         ({"enter": Boundary("a", {0: "B T S C", 1: "B T"}), "switching": "lazy"}, "built for one tensor"),
+        ({"modules": {"a": Needs("B T+S C")}, "shardable": ("T", "S")}, "adds dims that may be sharded; at most one"),
+        ({"sizes": Boundary("", {0: "B T X"}, after=True)}, "sizes: they are taken from arguments"),
+        ({"sizes": Boundary("", {})}, "one tensor in each of enter=, leave= and sizes="),
+        ({"attributes": {"a": {"frames": Carried("T")}}}, "'frames' is Carried.* say Slice"),
+        ({"attributes": {"a": {"frames": LocalSize("F")}}}, "'F' is none of the dims T, S"),
+        ({"attributes": {"a": {"frames": LocalSize("T")}}, "switching": "lazy"}, "'lazy': attributes= is not built"),
+        ({"modules": {"a": (SPATIAL, TEMPORAL)}, "switching": "lazy"}, "'lazy': several needs of a module is not built"),
+        ({"modules": {"a": Needs("B T S C", attention="B H T D")}}, "must be the pattern of queries, with a dim named 'heads'"),
+        ({"modules": {"a": Needs("B T S C", attention="B heads S D")}}, "does not name 'T', the dim sharded between"),
+        ({"modules": {"a": Needs("B T S C", "S", outputs={0: Reduced("B S C", over="C")})}}, "over one of the dims T, S"),
+        ({"modules": {"a": Needs("B T S C", "S", outputs={0: Reduced("B S T C", over="T")})}}, "say by='mean'"),
     ],
 )
 def test_plans_that_contradict_themselves(changes, message):
