@@ -5,10 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
 
 import megatron_dsp as dsp
 from megatron_dsp.parallelize import Boundary, Carried, LocalSize, Needs, Plan, Reduced, Slice
-from megatron_dsp.parallelize.match import check_boundaries, planned_modules
+from megatron_dsp.parallelize.arguments import Parameters, get, put
+from megatron_dsp.parallelize.match import check_boundaries, modules_of, planned_modules
 from megatron_dsp.parallelize.pattern import parse
 from megatron_dsp.parallelize.routes import Route, find_routes
 
@@ -200,6 +202,46 @@ def test_plans_that_do_not_fit_the_model(changes, message):
     plan = _plan(**changes)
     with pytest.raises(dsp.UsageError, match=message):
         check_boundaries(Model(), plan, planned_modules(Model(), plan))
+
+
+def test_checkpoint_wrappers_do_not_change_names():
+    model = Model()
+    apply_activation_checkpointing(model, check_fn=lambda module: isinstance(module, Block))
+    planned = planned_modules(
+        model, _plan(modules={"blocks.*.spatial": SPATIAL, "blocks.*": Needs("B T S C")}, shardable=("T", "S"))
+    )
+    assert list(planned) == ["blocks.0", "blocks.0.spatial", "blocks.1", "blocks.1.spatial"]
+    assert type(modules_of(model)["blocks.0"]) is Block
+
+
+def test_arguments_are_found_and_replaced_however_they_are_passed():
+    class Takes(nn.Module):
+        def forward(self, x, mask=None, *, more=None, skips=()): ...
+
+    parameters = Parameters("module 'a'", Takes())
+    for passed in (((1, 2), {"more": {"b": (3, 4)}}), ((), {"x": 1, "mask": 2, "more": {"b": (3, 4)}})):
+        found = {place: parameters.path(place, passed) for place in (0, "mask", ("more", "b", -1))}
+        assert [get(passed, path) for path in found.values()] == [1, 2, 4]
+        (args, kwargs), undo = put(passed, {found["mask"]: 7, found["more", "b", -1]: 8})
+        assert (*args, *(kwargs[name] for name in ("x", "mask") if name in kwargs)) == (1, 7)
+        assert kwargs["more"] == {"b": (3, 8)}
+        assert (passed[1]["more"], undo) == ({"b": (3, 4)}, [])
+    assert parameters.path("mask", ((1,), {})) is None
+    assert parameters.path("mask", ((1, None), {})) is None
+    assert parameters.path(("more", "b"), ((1,), {"more": None})) is None
+    with pytest.raises(dsp.UsageError, match=r"module 'a': argument \('more', 'b'\) is a int, which has no item 0"):
+        parameters.path(("more", "b", 0), ((1,), {"more": {"b": 3}}))
+
+
+def test_items_of_a_list_may_be_popped_and_are_put_back_if_not():
+    skips = [1, 2, 3]
+    _, undo = put(((skips,), {}), {(0, -1): "three", (0, 0): "one"})
+    assert skips == ["one", 2, "three"]
+    skips.pop()
+    skips.append(4)
+    for put_back in undo:
+        put_back()
+    assert skips == [1, 2, 4]
 
 
 def test_routes_around():
