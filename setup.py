@@ -36,6 +36,14 @@ setup(
         "video": ["av>=17.1", "pillow>=10", "tensorboard>=2.14"],
         # The oracle of some tests; jobs that use Mesh.from_megatron bring their own.
         "megatron": ["megatron-core>=0.16"],
+        # What examples/models run. toto-ts goes beside them with --no-deps: it pins an older torch, and needs the last two.
+        "models": [
+            "diffusers>=0.41",
+            "transformers>=5.20",
+            "axial-attention>=0.6.1",
+            "jaxtyping>=0.3",
+            "rotary-embedding-torch>=0.9",
+        ],
         "dev": ["pytest>=8", "hypothesis>=6.100", "ruff>=0.6", "mypy>=1.10"],
     },
 )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any, TypeAlias
 
@@ -101,6 +101,16 @@ def output_item(output: Any, place: Place, where: str) -> Any:
     return output
 
 
+def float_tensors(value: Any) -> Iterator[Tensor]:
+    """Those in what a module returned, however deep."""
+    if isinstance(value, Tensor):
+        if value.is_floating_point():
+            yield value
+    elif isinstance(value, (tuple, list, Mapping)):
+        for item in value.values() if isinstance(value, Mapping) else value:
+            yield from float_tensors(item)
+
+
 def with_items(output: Any, values: Mapping[Place, Any]) -> Any:
     """``output`` with ``values`` in the places of its items; the module's own object stays as it is."""
     for place, value in values.items():
@@ -136,6 +146,8 @@ def _with_item(value: Any, items: list[Key], new: Any, undo: list[Callable[[], N
         undo.append(partial(_put_back, value, index, value[index], new))
         value[index] = new
         return value
+    if isinstance(value, Mapping) and key not in value:  # outputs of transformers and diffusers have positions too
+        key = list(value)[key]  # type: ignore[index]
     result = copy.copy(value)
     result[key] = new
     return result

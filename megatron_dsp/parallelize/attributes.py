@@ -6,9 +6,11 @@ import copy
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from megatron_dsp.errors import UsageError
+from megatron_dsp.parallelize.arguments import float_tensors
 from megatron_dsp.parallelize.needs import Computed, LocalSize, Slice
 from megatron_dsp.parallelize.pattern import parse
 from megatron_dsp.parallelize.region import Region
@@ -42,6 +44,21 @@ class LocalAttributes:
                 value = region.local_value(where, own, side, sharded, sharded)
             first, *rest = path.split(".")
             self._put(first, _with_attribute(getattr(self.module, first), rest, value) if rest else value)
+
+    def make_local_in_backward(self, output: Any, region: Region, sharded: str) -> None:
+        """As `make_local`, from where backward comes to ``output`` until it ends.
+
+        A module may compute its own forward again there (transformers' layers do), which calls no hooks.
+        """
+        for x in float_tensors(output):
+            if x.requires_grad:
+                x.register_hook(lambda _: self._make_local_until_backward_ends(region, sharded))
+
+    def _make_local_until_backward_ends(self, region: Region, sharded: str) -> None:
+        if not self._own:
+            torch.autograd.Variable._execution_engine.queue_callback(self.restore)
+        with torch.enable_grad():  # hooks run without; a part of a parameter has a gradient
+            self.make_local(region, sharded)
 
     def wait(self, module: nn.Module) -> None:
         """The module is called, and the region is to be entered in it."""

@@ -101,7 +101,10 @@ def attach(model: nn.Module, plan: Plan, group: dist.ProcessGroup, agree: Agree 
             after(name, lambda module, args, output, runs=runs: runs.after(output))
             at_last(name, lambda *_, runs=runs: runs.finish())
         elif name in attributes:
-            before(name, _before_attributes(region, name, attributes[name], wait=attributes[name] in around_entry))
+            waits = attributes[name] in around_entry
+            before(name, _before_attributes(region, name, attributes[name], wait=waits))
+            if not waits:
+                after(name, _after_attributes(region, attributes[name]))
             at_last(name, lambda *_, found=attributes[name]: found.finish())
     return region
 
@@ -193,6 +196,10 @@ def _before_attributes(region: Region, name: str, attributes: LocalAttributes, *
     return hook
 
 
+def _after_attributes(region: Region, attributes: LocalAttributes) -> Callable[..., None]:
+    return lambda module, args, output: attributes.make_local_in_backward(output, region, region.routes.start)
+
+
 @dataclass
 class _Running:
     """A call of a planned module that has not returned."""
@@ -219,6 +226,11 @@ class _PlannedModule:
         values: dict[tuple[Any, ...], Any] = {}
         with region.checked():
             running.call = needs, route = region.call(self._name)
+            if needs.attention is not None and module.training and getattr(module, "gradient_checkpointing", False):
+                raise UsageError(
+                    f"{self._where} has attention= and checkpoints its own forward (gradient_checkpointing), which would "
+                    "attend within a shard when it is computed again; name the module within it that attends"
+                )
             path = self._parameters.required(needs.activation, passed)
             where = self._parameters.named(needs.activation)
             moves[path] = region.move(where, get(passed, path), parse(needs.pattern), route.before, route.inside)
@@ -249,6 +261,8 @@ class _PlannedModule:
         running.exits.close()
         assert running.call is not None  # `before` has run
         needs, route = running.call
+        if self._attributes is not None:
+            self._attributes.make_local_in_backward(output, region, route.inside)
         with region.checked():
             if running.attention is not None and not running.attention.calls:
                 raise UsageError(

@@ -16,7 +16,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from megatron_dsp.errors import UsageError
 from megatron_dsp.mesh import Mesh
-from megatron_dsp.parallelize.arguments import Parameters, get
+from megatron_dsp.parallelize.arguments import Parameters, float_tensors, get
 from megatron_dsp.parallelize.hooks import activations, attach, refuse_parallelized, unparallelize
 from megatron_dsp.parallelize.match import modules_of, planned_modules
 from megatron_dsp.parallelize.needs import Needs, Place, Reduced
@@ -303,7 +303,7 @@ def _forward(model: nn.Module, inputs: Inputs, planned: Mapping[str, tuple[Needs
     finally:
         for handle in handles:
             handle.remove()
-    found = list(_float_tensors(output))
+    found = list(float_tensors(output))
     if not found:
         raise UsageError(f"the model returns a {type(output).__name__} without a floating tensor, so nothing can be compared")
     return found
@@ -322,15 +322,6 @@ def _gradients(model: nn.Module, output: list[Tensor]) -> dict[str, Tensor]:
         for name, parameter in model.named_parameters()
         if parameter.requires_grad
     }
-
-
-def _float_tensors(output: Any) -> Iterator[Tensor]:
-    if isinstance(output, Tensor):
-        if output.is_floating_point():
-            yield output
-    elif isinstance(output, (tuple, list, Mapping)):
-        for value in output.values() if isinstance(output, Mapping) else output:
-            yield from _float_tensors(value)
 
 
 @torch.no_grad()

@@ -6,6 +6,7 @@ import copy
 import re
 from collections.abc import Callable
 from functools import partial
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import pytest
@@ -251,6 +252,109 @@ def test_gradient_checkpointing_switches_again(ranks, name, more, reentrant):
         ranks(2, _run, name, reentrant=reentrant, **more)[0][key] for key in ("switch", "switch adjoint")
     )
     assert switches > adjoints
+
+
+class Outputs(dict):
+    """As transformers' and diffusers': items by name or by position."""
+
+    def __getitem__(self, key: int | str) -> Tensor:
+        return list(self.values())[key] if isinstance(key, int) else super().__getitem__(key)
+
+
+class Recomputed(nn.Module):
+    """x [B, T, S, C]: computes its forward again in backward, and calls no hooks for it, as transformers' layers do."""
+
+    def __init__(self, reentrant: bool):
+        super().__init__()
+        self.reentrant, self.config = reentrant, SimpleNamespace(frames=7)
+        self.mix, self.table = nn.Linear(4, 4), nn.Parameter(torch.zeros(7, 1, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return checkpoint(self.run, x, use_reentrant=self.reentrant)
+
+    def run(self, x: Tensor) -> Tensor:
+        frames = x.reshape(-1, self.config.frames, *x.shape[2:])
+        return (x + (self.mix(frames) + self.table).tanh().view(x.shape)).tanh()
+
+
+class RecomputedChain(nn.Module):
+    def __init__(self, reentrant: bool):
+        super().__init__()
+        self.embed, self.head = nn.Linear(3, 4), nn.Linear(4, 2)
+        self.layers = nn.ModuleList(Recomputed(reentrant) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Outputs:
+        x = self.embed(x)
+        for layer in self.layers:
+            x = layer(x)
+        return Outputs(output=self.head(x))
+
+
+RECOMPUTED = Plan(
+    shard="T",
+    enter=Boundary("layers.0", {0: "B T S C"}),
+    leave=Boundary("", {0: "B T S C"}, after=True),
+    modules={"layers.0": Needs("B T S C", "S")},  # one is planned, the other one has attributes alone
+    attributes={"layers.*": {"config.frames": LocalSize("T"), "table": Slice("T 1 C")}},
+)
+
+
+def _recomputed(reentrant: bool) -> None:
+    case = Case(partial(RecomputedChain, reentrant), RECOMPUTED, (2, 7, 5, 3), None)
+    model, inputs = _made(case)
+    alone = model(*inputs)["output"]
+    weight = torch.randn(alone.shape, dtype=torch.float64)
+    expected, own = _gradients(model, alone, weight), [set(vars(layer)) for layer in model.layers]
+    parallelize(model, case.plan, mesh=dsp.Mesh(sequence=dist.get_world_size()))
+    output = model(*inputs)
+    assert type(output) is Outputs
+    assert list(output) == ["output"]
+    torch.testing.assert_close(output["output"], alone, rtol=1e-12, atol=1e-12)
+    for gradient, one in zip(_gradients(model, output["output"], weight), expected, strict=True):
+        dist.all_reduce(gradient)
+        torch.testing.assert_close(gradient / dist.get_world_size(), one, rtol=1e-11, atol=1e-11)
+    assert [set(vars(layer)) for layer in model.layers] == own
+    assert all(layer.config.frames == 7 for layer in model.layers)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_modules_that_recompute_their_own_forward_find_local_attributes(ranks, reentrant):
+    ranks(2, _recomputed, reentrant)
+
+
+class SelfCheckpointed(nn.Module):
+    """x [B, N, C]: attends, and says that it computes its forward again by itself."""
+
+    gradient_checkpointing = True
+
+    def __init__(self):
+        super().__init__()
+        self.out = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        heads = x.unflatten(2, (2, 2)).transpose(1, 2)
+        attended = nn.functional.scaled_dot_product_attention(heads, heads, heads)
+        return self.out(attended.transpose(1, 2).flatten(2))
+
+
+def _attention_recomputed() -> None:
+    model, x = nn.Sequential(SelfCheckpointed()).double(), torch.randn(2, 5, 4, dtype=torch.float64)
+    ends = {0: "B N C"}
+    plan = Plan(
+        shard="N",
+        enter=Boundary("", ends),
+        leave=Boundary("", ends, after=True),
+        modules={"0": Needs("B N C", attention="B heads N D")},
+    )
+    mesh = dsp.Mesh(sequence=2)
+    verify(model, x, plan=plan, mesh=mesh)  # in evaluation mode, in which such modules do not
+    parallelize(model.train(), plan, mesh=mesh)
+    with pytest.raises(dsp.UsageError, match=r"module '0' has attention= and checkpoints its own forward"):
+        model(x)
+
+
+def test_attention_that_would_be_recomputed_within_a_shard_is_refused(ranks):
+    ranks(2, _attention_recomputed)
 
 
 def _local_loss() -> None:

@@ -258,6 +258,15 @@ def test_routes_of_a_chain_are_the_planners():
     assert [route.before for (route,) in routes.modules.values()] == list("SSSTSS")
 
 
+def test_a_chain_counts_what_attention_over_the_shard_sends():
+    full = Needs("B T S C", attention="B heads (T S) D")
+    plan = _plan(switching="lazy", shard=None, shardable=("T", "S", "B"), modules={"a": full})
+    sizes = {"B": 4, "T": 16, "S": 64}
+    routes = find_routes(plan, {"a": (full,), "b": (SPATIAL,)}, sizes, bytes_per_position=64, ranks=4)
+    # With T sharded, "b" runs as well, and a plan that took the attention of "a" for free would stay there.
+    assert [route.inside for (route,) in routes.modules.values()] == ["B", "B"]
+
+
 @pytest.mark.parametrize(
     ("planned", "sizes", "message"),
     [
