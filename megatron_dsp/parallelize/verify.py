@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeAlias
@@ -92,7 +92,9 @@ def verify(model: nn.Module, inputs: Inputs, *, plan: Plan, mesh: Mesh, toleranc
                 )
                 raise UsageError(f"the model returns tensors of shape {shapes}; leave where all that follows needs is gathered")
         difference = max(map(_difference, output, expected))
-        together.refuse("all planned modules agree, but the model's output differs:", difference, limit)
+        left = f"{'after' if plan.leave.after else 'before'} {plan.leave.module!r}"
+        what = f"all planned modules agree, but the model's output differs, so what follows them does, or leave= {left}:"
+        together.refuse(what, difference, limit)
         with together.failing():
             gradients = _gradients(model, output)
     largest = max((float(gradient.abs().max()) for gradient in expected_gradients.values()), default=0.0)
@@ -261,9 +263,10 @@ def _on_trial(model: nn.Module) -> Iterator[None]:
 def _forward(model: nn.Module, inputs: Inputs, planned: Mapping[str, tuple[Needs, ...]], visitor: _Visitor) -> list[Tensor]:
     """The tensors that the model returns. ``visitor`` sees planned modules after all other hooks.
 
-    Errors: UsageError that names the planned module where code of the model raises.
+    Errors: UsageError that names the module in which code of the model raises, the planned one if it is in one.
     """
-    modules, running, calls = modules_of(model), ["outside the planned modules"], Counter[str]()
+    modules, calls = modules_of(model), Counter[str]()
+    running, done = list[str](), list[str]()  # modules that have not returned, the innermost last; planned ones that have
     parameters = {name: Parameters(f"module {name!r}", modules[name]) for name in planned}
 
     def needs_of(name: str) -> Needs:
@@ -271,7 +274,9 @@ def _forward(model: nn.Module, inputs: Inputs, planned: Mapping[str, tuple[Needs
 
     def start(name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            running.append(f"in module {name!r}")
+            running.append(name)
+            if name not in planned:
+                return
             calls[name] += 1
             path = parameters[name].required(needs_of(name).activation, (args, kwargs))
             visitor.start(name, needs_of(name), get((args, kwargs), path))
@@ -281,12 +286,14 @@ def _forward(model: nn.Module, inputs: Inputs, planned: Mapping[str, tuple[Needs
     def end(name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
             running.pop()
-            visitor.end(name, needs_of(name), activations(name, needs_of(name), output))
+            if name in planned:
+                done.append(name)
+                visitor.end(name, needs_of(name), activations(name, needs_of(name), output))
 
         return hook
 
-    handles = [modules[name].register_forward_pre_hook(start(name), with_kwargs=True) for name in planned]
-    handles += [modules[name].register_forward_hook(end(name)) for name in planned]
+    handles = [module.register_forward_pre_hook(start(name), with_kwargs=True) for name, module in modules.items()]
+    handles += [module.register_forward_hook(end(name)) for name, module in modules.items()]
     torch.manual_seed(0)
     try:
         if isinstance(inputs, Mapping):
@@ -298,7 +305,7 @@ def _forward(model: nn.Module, inputs: Inputs, planned: Mapping[str, tuple[Needs
     except Exception as error:
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
         raise UsageError(
-            f"the model fails {running[-1]}: {reason}; does the plan name all of its side inputs and sizes?"
+            f"the model fails {_where(running, done, planned)}: {reason}; does the plan name all side inputs and sizes there?"
         ) from error
     finally:
         for handle in handles:
@@ -307,6 +314,15 @@ def _forward(model: nn.Module, inputs: Inputs, planned: Mapping[str, tuple[Needs
     if not found:
         raise UsageError(f"the model returns a {type(output).__name__} without a floating tensor, so nothing can be compared")
     return found
+
+
+def _where(running: list[str], done: list[str], planned: Container[str]) -> str:
+    """A place in a forward, by the modules that run there and the planned ones that have run before."""
+    found = next((name for name in reversed(running) if name in planned), None)
+    if found is not None:
+        return f"in module {found!r}"
+    after = f", after module {done[-1]!r}" if done else ""
+    return f"in module {running[-1]!r}, which is not planned{after}" if running[-1] else f"in its own forward{after}"
 
 
 def _gradients(model: nn.Module, output: list[Tensor]) -> dict[str, Tensor]:

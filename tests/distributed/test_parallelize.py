@@ -604,11 +604,19 @@ WRONG = {
         r"'blocks\.1\.spatial' is called after the region was left",
     ),
     "left too late": (*_video(leave=Boundary("head", {0: "B S T C"}, after=True)), "leave after 'head'.*dim 1 must be S=5"),
-    "a module that is not planned": (*_video(spatial=None), "the model fails outside the planned modules: RuntimeError"),
+    "a module that is not planned": (*_video(spatial=None), r"fails in module 'blocks\.0\.spatial', which is not planned: Run"),
     "attention of a chain within a shard": (CASES["sensors"], MIXED_UP, r"module 'layers\.2' is the first whose"),
-    "a position that counts from the shard": (BIASED, VIDEO, "all planned modules agree, but the model's output differs"),
+    "a position that counts from the shard": (
+        BIASED,
+        VIDEO,
+        "all planned modules agree, but the model's output differs, .*leave= before 'norm'",
+    ),
     "a gradient that depends on the shard": (BIASED_GRADIENT, VIDEO, r"averaged gradient of parameter 'tail\.bias' differs"),
-    "what fails on one rank alone": (FAILING, VIDEO, "on rank 1 of 2: the model fails outside .*RuntimeError: three frames"),
+    "what fails on one rank alone": (
+        FAILING,
+        VIDEO,
+        "on rank 1 of 2: .* fails in module 'tail', .* after module 'blocks.1.temporal': .* three frames",
+    ),
 }
 
 
