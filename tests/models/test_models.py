@@ -8,6 +8,7 @@ import re
 import sys
 from collections import Counter
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from fnmatch import fnmatchcase
 from functools import partial
 from itertools import pairwise
@@ -30,7 +31,8 @@ from megatron_dsp.parallelize.match import planned_modules
 from megatron_dsp.parallelize.pattern import parse
 from megatron_dsp.planner import Attention, StageNeeds, cheapest_plan
 
-sys.path.append(str(jobs.ROOT / "examples" / "models"))  # the ranks of the pool get it too
+MODELS = jobs.ROOT / "examples" / "models"
+sys.path.append(str(MODELS))  # the ranks of the pool get it too
 
 pytestmark = pytest.mark.models
 
@@ -51,7 +53,7 @@ class Case(NamedTuple):
     """A model of an example.
 
     Attributes:
-        example: the script, which has make_model(**variant), make_inputs(**sizes) and make_plan(model).
+        example: the script, in examples/models or here: make_model(**variant), make_inputs(**sizes) and make_plan(model).
         package: what it needs, as pip calls it.
         even: sizes of which 2, 3 and 4 ranks divide the plan's dims.
         uneven: sizes of which none of them divides one.
@@ -142,7 +144,18 @@ CASES = {
         gradients=2e-6,  # in one process, those in fp32 differ from those in fp64 by 1.1e-6
         exact=1e-6,  # it turns queries and keys by their positions in fp32
     ),
+    "vivit": Case(
+        example="vivit_video",
+        package="transformers",
+        even={"B": 2, "T": 3, "side": 4},
+        uneven={"B": 2, "T": 5, "side": 5},
+        switches=2 * 2,
+        checkpoint=lambda model: model.gradient_checkpointing_enable(),
+        fixed=("T", "side"),
+        dims={"N": ("T", "side", "side")},
+    ),
 }
+EXAMPLES = {case.example: case.package for case in CASES.values() if (MODELS / f"{case.example}.py").exists()}
 
 
 def skip_without(package: str) -> None:
@@ -268,9 +281,49 @@ def test_outputs_and_averaged_gradients(ranks, name, checkpointed, size):
             assert moved["switch"] == case.switches
 
 
-@pytest.mark.parametrize("example", dict.fromkeys(case.example for case in CASES.values()))
+def _as_tuples() -> dict[str, str]:
+    """The types of what models return, under plans, where they are asked for tuples instead of outputs with names."""
+    mesh, types = dsp.Mesh(sequence=dist.get_world_size()), {}
+    for name in TUPLES:
+        case = CASES[name]
+        model, example = case.make_model(case.uneven), importlib.import_module(case.example)
+        inputs = {**example.make_inputs(**case.uneven), "return_dict": False}
+        dsp.verify(model, inputs, plan=example.make_plan(model), mesh=mesh)
+        dsp.parallelize(model, example.make_plan(model), mesh=mesh)
+        types[name] = type(model(**inputs)).__name__
+    return types
+
+
+TUPLES = ["latte", "timesformer", "cogvideox"]
+
+
+def test_models_may_return_tuples(ranks):
+    for name in TUPLES:
+        skip_without(CASES[name].package)
+    assert ranks(2, _as_tuples)[0] == dict.fromkeys(TUPLES, "tuple")
+
+
+def _left_at_the_output(place: int | str) -> tuple[str, list[str]]:
+    mesh, case = dsp.Mesh(sequence=2), CASES["timesformer"]
+    model, example = case.make_model(case.uneven), importlib.import_module(case.example)
+    plan = replace(example.make_plan(model), leave=dsp.Boundary("", {place: "B 1+(S T) C"}, after=True))
+    inputs = example.make_inputs(**case.uneven)
+    dsp.verify(model, inputs, plan=plan, mesh=mesh)
+    dsp.parallelize(model, plan, mesh=mesh)
+    output = model(**inputs)
+    assert output.last_hidden_state.shape == (case.uneven["B"], 1 + 25 * case.uneven["T"], model.config.hidden_size)
+    return type(output).__name__, list(output)
+
+
+@pytest.mark.parametrize("place", ["last_hidden_state", 0])
+def test_the_region_may_be_left_in_an_output_with_names(ranks, place):
+    skip_without(CASES["timesformer"].package)
+    assert ranks(2, _left_at_the_output, place)[0] == ("BaseModelOutput", ["last_hidden_state"])
+
+
+@pytest.mark.parametrize("example", EXAMPLES)
 def test_the_script_trains_as_one_process_does(example):
-    skip_without(next(case.package for case in CASES.values() if case.example == example))
+    skip_without(EXAMPLES[example])
     losses = []
     for launcher, size in (("alone", 1), ("torchrun", 2)):
         status, output = jobs.run(launcher, size, f"examples/models/{example}.py")
