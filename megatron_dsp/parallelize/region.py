@@ -46,7 +46,8 @@ class Region:
     They outlast the forward, as modules may be computed again in backward. Should another forward with other sizes have come in
     between, the shapes do not fit, which is refused.
 
-    ``agree`` is called before anything is moved, with what is wrong on this rank, if something is.
+    ``agree`` is called before anything is moved, with what is wrong on this rank, if something is. For ``preferred``, which the
+    next forward heeds, see `find_routes`.
     """
 
     def __init__(
@@ -58,7 +59,9 @@ class Region:
         self._measured: dict[str, int] = {}
         self._sizes: dict[str, int] = {}
         self._routes: Routes | None = None
-        self._found: dict[tuple[tuple[tuple[str, int], ...], int], Routes] = {}
+        self._found: dict[tuple[tuple[tuple[str, int], ...], int, str | None], Routes] = {}
+        self._bytes_per_position = 0
+        self.preferred: str | None = None
         self._forward: _Forward | None = None
         self.called: dict[str, Call] = {}  # the last call of each planned module
 
@@ -105,14 +108,23 @@ class Region:
         sizes = measured | self.fit(f"{where}: the activation should be whole", x, pattern, measured)
         self._sizes = {dim: sizes[dim] for dim in self.plan.known}
         channels = [sizes[dim] for dim in pattern.names if dim not in self._sizes]
-        bytes_per_position = x.element_size() * prod(channels)
-        key = tuple(self._sizes.items()), bytes_per_position
+        self._bytes_per_position = x.element_size() * prod(channels)
+        self._routes = self.routes_with(self.preferred)
+        return self._routes.start
+
+    def routes_with(self, preferred: str | None) -> Routes:
+        """Those of the last sizes, with a dim that is ``preferred``."""
+        key = tuple(self._sizes.items()), self._bytes_per_position, preferred
         if key not in self._found:
             self._found[key] = find_routes(
-                self.plan, self._planned, self._sizes, bytes_per_position=bytes_per_position, ranks=self.group.size()
+                self.plan,
+                self._planned,
+                self._sizes,
+                bytes_per_position=self._bytes_per_position,
+                ranks=self.group.size(),
+                preferred=preferred,
             )
-        self._routes = self._found[key]
-        return self._routes.start
+        return self._found[key]
 
     def leave(self, where: str) -> str:
         """The activation is to become whole; returns the dim that is sharded."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import NamedTuple, TypeGuard
 
 from megatron_dsp.errors import UsageError
 from megatron_dsp.parallelize.needs import Needs
@@ -29,12 +29,19 @@ class Routes(NamedTuple):
 
 
 def find_routes(
-    plan: Plan, planned: Mapping[str, tuple[Needs, ...]], sizes: Mapping[str, int], *, bytes_per_position: int, ranks: int
+    plan: Plan,
+    planned: Mapping[str, tuple[Needs, ...]],
+    sizes: Mapping[str, int],
+    *,
+    bytes_per_position: int,
+    ranks: int,
+    preferred: str | None = None,
 ) -> Routes:
     """The routes of the modules ``planned``, in the order in which they run.
 
     ``sizes`` are the global sizes of the activation that enters, in storage order, without the channels, which
-    ``bytes_per_position`` holds. Pure arithmetic: all ranks find the same.
+    ``bytes_per_position`` holds. Pure arithmetic: all ranks find the same. The routes are the cheapest, but that a dim that is
+    ``preferred`` is sharded in all modules that allow it, as it may be the cheapest at other sizes.
 
     Errors: UsageError where the ranks are too many for what a module needs.
     """
@@ -54,16 +61,24 @@ def find_routes(
         return tuple(dim for dim in found.layouts if dim is not None)  # None is for stages that may run whole; none may here
 
     if plan.switching == "lazy":
-        chain = layouts([stage for calls in stages.values() for stage in calls], end=None)
+        chained = [stage for calls in stages.values() for stage in calls]
+        cheapest = layouts(chained, end=None)
+        chain = [preferred if _is_allowed(preferred, stage) else dim for stage, dim in zip(chained, cheapest, strict=True)]
         start = chain[0] if plan.shard is None else plan.shard
         steps = zip(planned, (start, *chain), chain, strict=False)
         return Routes(start, {name: (Route(before, inside, inside),) for name, before, inside in steps}, chain[-1])
     shard = str(plan.shard)
 
     def around(stage: StageNeeds) -> Route:
-        return Route(shard, shard if shard not in stage.mixes else layouts([stage], end=shard)[0], shard)
+        if shard not in stage.mixes:
+            return Route(shard, shard, shard)
+        return Route(shard, preferred if _is_allowed(preferred, stage) else layouts([stage], end=shard)[0], shard)
 
     return Routes(shard, {name: tuple(map(around, calls)) for name, calls in stages.items()}, shard)
+
+
+def _is_allowed(dim: str | None, stage: StageNeeds) -> TypeGuard[str]:
+    return dim is not None and (dim not in stage.mixes or stage.attention is not None)
 
 
 def _stage(name: str, needs: Needs, plan: Plan, sizes: Mapping[str, int], bytes_per_position: int, ranks: int) -> StageNeeds:

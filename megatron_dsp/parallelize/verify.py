@@ -59,7 +59,8 @@ def verify(model: nn.Module, inputs: Inputs, *, plan: Plan, mesh: Mesh, toleranc
     names to arguments. ``tolerance`` is relative; by default it goes by the dtype of the output: 1e-9, 1e-4 and 5e-2 in 64, 32
     and 16 bits. Both runs are in evaluation mode, so without dropout, with noise in parameters that are all zero, and with a
     loss that weighs each position differently. Afterwards the model and the generators of random numbers are as they were.
-    Use sizes that the ranks do not divide: many mistakes cancel where shards are equal.
+    Use sizes that the ranks do not divide: many mistakes cancel where shards are equal. Where modules may run in other layouts,
+    which the planner may take at other sizes, ``model`` runs in these too.
 
     Collective over the sequence group. Every rank runs the model alone, so it must fit on one.
 
@@ -77,31 +78,55 @@ def verify(model: nn.Module, inputs: Inputs, *, plan: Plan, mesh: Mesh, toleranc
         trial.enter_context(torch.random.fork_rng([mesh.device] if mesh.device.type == "cuda" else []))
         alone = _Record()
         with together.failing():
-            expected = _forward(model, inputs, planned, alone)
-            expected_gradients = _gradients(model, expected)
-        limit = _tolerance(expected[0].dtype) if tolerance is None else tolerance
+            alone.output = _forward(model, inputs, planned, alone)
+            alone.gradients = _gradients(model, alone.output)
+        limit = _tolerance(alone.output[0].dtype) if tolerance is None else tolerance
         region = attach(model, plan, group, together.agree)
         trial.callback(unparallelize, model)
         together.mixers = _mixers(model, planned, region, trial)
-        comparison = _Comparison(alone, region, together, limit)
-        with together.failing():
-            output = _forward(model, inputs, planned, comparison)
-            if [x.shape for x in output] != [x.shape for x in expected]:
-                shapes = ", ".join(
-                    f"{tuple(x.shape)} instead of {tuple(y.shape)}" for x, y in zip(output, expected, strict=False)
-                )
-                raise UsageError(f"the model returns tensors of shape {shapes}; leave where all that follows needs is gathered")
-        difference = max(map(_difference, output, expected))
-        left = f"{'after' if plan.leave.after else 'before'} {plan.leave.module!r}"
-        what = f"all planned modules agree, but the model's output differs, so what follows them does, or leave= {left}:"
-        together.refuse(what, difference, limit)
-        with together.failing():
-            gradients = _gradients(model, output)
-    largest = max((float(gradient.abs().max()) for gradient in expected_gradients.values()), default=0.0)
+        reports = [_compare(model, inputs, planned, alone, _Comparison(alone, region, together, limit))]
+        tried = [region.routes]
+        for dim in plan.dims:
+            if (routes := region.routes_with(dim)) in tried:
+                continue
+            tried.append(routes)
+            region.preferred = dim
+            try:
+                reports.append(_compare(model, inputs, planned, alone, _Comparison(alone, region, together, limit)))
+            except UsageError as error:
+                raise UsageError(f"with {dim} sharded in all modules that allow it, as at other sizes: {error}") from error
+    modules, gradients = (
+        {name: max(found[name] for found in differences) for name in differences[0]}
+        for differences in ([report.modules for report in reports], [report.gradients for report in reports])
+    )
+    return Report(modules, max(report.output for report in reports), gradients)
+
+
+def _compare(
+    model: nn.Module, inputs: Inputs, planned: Mapping[str, tuple[Needs, ...]], alone: _Record, comparison: _Comparison
+) -> Report:
+    """The parallelized ``model`` with ``alone``. Errors: as `verify`."""
+    region, together, limit = comparison.region, comparison.together, comparison.limit
+    leave = region.plan.leave
+    assert leave is not None  # `verify` has refused that
+    with together.failing():
+        output = _forward(model, inputs, planned, comparison)
+        if [x.shape for x in output] != [x.shape for x in alone.output]:
+            shapes = ", ".join(
+                f"{tuple(x.shape)} instead of {tuple(y.shape)}" for x, y in zip(output, alone.output, strict=False)
+            )
+            raise UsageError(f"the model returns tensors of shape {shapes}; leave where all that follows needs is gathered")
+    difference = max(map(_difference, output, alone.output))
+    left = f"{'after' if leave.after else 'before'} {leave.module!r}"
+    what = f"all planned modules agree, but the model's output differs, so what follows them does, or leave= {left}:"
+    together.refuse(what, difference, limit)
+    with together.failing():
+        gradients = _gradients(model, output)
+    largest = max((float(gradient.abs().max()) for gradient in alone.gradients.values()), default=0.0)
     differences = {}
     for name, gradient in gradients.items():
-        dist.all_reduce(gradient, group=group)
-        differences[name] = _difference(gradient / group.size(), expected_gradients[name], _FLOOR * largest)
+        dist.all_reduce(gradient, group=region.group)
+        differences[name] = _difference(gradient / region.group.size(), alone.gradients[name], _FLOOR * largest)
     worst = max(differences, key=lambda name: differences[name], default=None)
     if worst is not None:
         together.refuse(f"outputs agree, but the averaged gradient of parameter {worst!r} differs:", differences[worst], limit)
@@ -117,7 +142,10 @@ class _Visitor(Protocol):
 
 
 class _Record:
-    """What planned modules take and return in the model alone."""
+    """What planned modules take and return in the model alone, what it returns, and its gradients."""
+
+    output: list[Tensor]
+    gradients: dict[str, Tensor]
 
     def __init__(self) -> None:
         self.taken: list[tuple[str, Tensor]] = []
@@ -134,15 +162,15 @@ class _Comparison:
     """Compares what planned modules take and return in ``region`` with a record, and refuses more than ``limit``."""
 
     def __init__(self, alone: _Record, region: Region, together: _Together, limit: float):
-        self.region, self.differences = region, dict[str, float]()
+        self.region, self.together, self.limit = region, together, limit
+        self.differences = dict[str, float]()
         self._taken, self._returned = iter(alone.taken), iter(alone.returned)
-        self._together, self._limit = together, limit
 
     def start(self, name: str, needs: Needs, x: Tensor) -> None:
         expected = self._next(self._taken, name)
         whole = self._whole(name, {0: (x, needs.pattern, self.region.called[name].route.inside)})[0]
         what = f"module {name!r} is the first whose input differs, so what runs before it in the region does:"
-        self._together.refuse(what, _difference(whole, expected), self._limit)
+        self.together.refuse(what, _difference(whole, expected), self.limit)
 
     def end(self, name: str, needs: Needs, found: _Activations) -> None:
         expected, route = self._next(self._returned, name), self.region.called[name].route
@@ -158,7 +186,7 @@ class _Comparison:
                 one = reduced_alone(one, kept, route, self.region)
             differences.append(_difference(whole, one))
         self.differences[name] = max(differences)
-        self._together.refuse(f"module {name!r} is the first whose output differs:", self.differences[name], self._limit)
+        self.together.refuse(f"module {name!r} is the first whose output differs:", self.differences[name], self.limit)
 
     def _whole(self, name: str, tensors: Mapping[Place, tuple[Tensor, str, str | None]]) -> dict[Place, Tensor]:
         moves = {

@@ -145,6 +145,23 @@ class Chain(nn.Module):
         return self.head(x)
 
 
+class TwoDims(nn.Module):
+    """Attends along two dims of [B, T, H, W, C], one after the other."""
+
+    def __init__(self):
+        super().__init__()
+        self.time, self.width = AxisLayer(1), AxisLayer(3)
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        return self.width(self.time(x))
+
+
+class TwoDimsChain(Chain):
+    def __init__(self):
+        super().__init__([1, 2])
+        self.layers[0] = TwoDims()
+
+
 V, T = 1, 2
 SENSORS = [T, T, V, T, T, V]
 SENSORS_PLAN = Plan(
@@ -571,6 +588,16 @@ MIXED_UP = Plan(
         "shardable": ("V", "T"),
     }
 )
+UNDERSTATED = Plan(
+    **{
+        **vars(SENSORS_PLAN),
+        "modules": {
+            "layers.0": Needs("B V T D", arguments={1: Slice("B V T")}),
+            "layers.[134]": SENSORS_PLAN.modules["layers.[0134]"],
+            "layers.[25]": SENSORS_PLAN.modules["layers.[25]"],
+        },
+    }
+)
 IN_TEMPORAL, IN_SPATIAL = (
     r"fails in module 'blocks\.0\.temporal': RuntimeError",
     r"fails in module 'blocks\.0\.spatial': RuntimeError",
@@ -605,6 +632,17 @@ WRONG = {
     ),
     "left too late": (*_video(leave=Boundary("head", {0: "B S T C"}, after=True)), "leave after 'head'.*dim 1 must be S=5"),
     "a module that is not planned": (*_video(spatial=None), r"fails in module 'blocks\.0\.spatial', which is not planned: Run"),
+    # At these sizes the planner takes layouts in which the two do not show.
+    "a layer of a chain that mixes more than it says": (
+        CASES["sensors"],
+        UNDERSTATED,
+        r"with T sharded in all modules that allow it, .*: module 'layers\.0' is the first whose output differs",
+    ),
+    "a module that mixes more than it says": (
+        CASES["axial"]._replace(model=TwoDimsChain, shape=(2, 5, 7, 6, 4)),
+        _axial_plan(2, shard="T", shardable=("T", "H", "W")),
+        r"with W sharded in all modules that allow it, .*: module 'layers\.0' is the first whose output differs",
+    ),
     "attention of a chain within a shard": (CASES["sensors"], MIXED_UP, r"module 'layers\.2' is the first whose"),
     "a position that counts from the shard": (
         BIASED,

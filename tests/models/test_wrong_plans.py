@@ -76,6 +76,12 @@ WRONG = {
     "toto: a layer over sensors is said to mix nothing": Wrong(
         "toto", needs("layers.2", whole=()), r"module 'layers\.2' is the first whose output differs"
     ),
+    "toto: a layer over times is said to mix nothing": Wrong(
+        # The planner never lets it: the next layer needs times whole. But what the plan says is wrong.
+        "toto",
+        needs("layers.0", whole=()),
+        r"with T sharded in all modules that allow it, .*: module 'layers\.0' is the first whose output differs",
+    ),
     "toto: the mask is not sliced": Wrong(
         "toto", argument("layers.2", "attention_mask", None), r"fails in module 'layers\.2': RuntimeError"
     ),
