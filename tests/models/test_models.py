@@ -154,6 +154,18 @@ CASES = {
         fixed=("T", "side"),
         dims={"N": ("T", "side", "side")},
     ),
+    "factorised vivit": Case(
+        example="factorised_vivit",
+        package="vit-pytorch",
+        even={"B": 2, "T": 12, "side": 6},
+        uneven={"B": 2, "T": 7, "side": 5},
+        switches=2 * 2,
+        checkpoint=partial(wrap, "factorized_transformer.layers.?.?"),
+        fixed=("T", "side"),
+        dims={"S": ("side", "side")},
+        # It returns a mean, so all positions have one gradient: summed in one process, fp32 differs from fp64 by 6e-6.
+        gradients=1e-5,
+    ),
 }
 EXAMPLES = {case.example: case.package for case in CASES.values() if (MODELS / f"{case.example}.py").exists()}
 
