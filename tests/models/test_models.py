@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.metadata
+import inspect
 import re
 import sys
 from collections import Counter
@@ -331,6 +332,12 @@ def _left_at_the_output(place: int | str) -> tuple[str, list[str]]:
 def test_the_region_may_be_left_in_an_output_with_names(ranks, place):
     skip_without(CASES["timesformer"].package)
     assert ranks(2, _left_at_the_output, place)[0] == ("BaseModelOutput", ["last_hidden_state"])
+
+
+@pytest.mark.parametrize("example", EXAMPLES)
+def test_a_plan_has_at_most_25_lines(example):
+    skip_without(EXAMPLES[example])
+    assert len(inspect.getsource(importlib.import_module(example).make_plan).splitlines()) <= 25
 
 
 @pytest.mark.parametrize("example", EXAMPLES)
