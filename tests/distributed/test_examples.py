@@ -18,7 +18,7 @@ def test_factorised_attention_equals_one_process():
 
 
 def test_the_readme_example(tmp_path):
-    (code,) = re.findall(r"```python\n(.*?)```", (jobs.ROOT / "README.md").read_text(), flags=re.DOTALL)
+    code, *_ = re.findall(r"```python\n(.*?)```", (jobs.ROOT / "README.md").read_text(), flags=re.DOTALL)
     (tmp_path / "train.py").write_text(code)
     losses = []
     for launcher, size in (("alone", 1), ("torchrun", 2)):
