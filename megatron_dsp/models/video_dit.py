@@ -454,6 +454,12 @@ def part_seeds(config: VideoDiTConfig) -> list[int]:
     return torch.randint(2**62, (2 * config.layers + 2,), device="cpu").tolist()
 
 
+def part_names(config: VideoDiTConfig) -> list[str]:
+    """The names of the parts in a `VideoDiT`, in the order in which they run."""
+    pairs = ((f"spatial_blocks.{index}", f"temporal_blocks.{index}") for index in range(config.layers))
+    return ["embedding", *(name for pair in pairs for name in pair), "head"]
+
+
 def reset_part(part: Embedding | Block | Head, seed: int) -> None:
     """Initialise a part's parameters from a seed of its own."""
     with torch.random.fork_rng(devices=[]):

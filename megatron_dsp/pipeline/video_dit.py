@@ -28,6 +28,7 @@ from megatron_dsp.models.video_dit import (
     VideoDiTConfig,
     Way,
     check_inputs,
+    part_names,
     part_seeds,
     reset_part,
 )
@@ -54,6 +55,9 @@ class PipelinedVideoDiT(PipelineModule):
         loss: a loss to be averaged over data x sequence (``dsp.mean_loss``).
         partition: DeepSpeed's ``partition_method``: "parameters", "uniform" or "type:REGEX".
         tensor, backend, recompute: as of `VideoDiT`.
+
+    Attributes:
+        layer_names: what the pipeline's layers are in a `VideoDiT`; checkpoints use them.
     """
 
     def __init__(
@@ -75,7 +79,7 @@ class PipelinedVideoDiT(PipelineModule):
         launch.start_deepspeed(mesh.device.type)  # a PipelineModule makes groups
         specs = [_PartSpec(seed, *part) for part, seed in zip(parts, part_seeds(config), strict=True)]
         super().__init__(specs, topology=topology(mesh), loss_fn=loss, partition_method=partition, dynamic_shape=True)
-        self.config, self.tensor = config, tensor
+        self.config, self.tensor, self.layer_names = config, tensor, part_names(config)
         self._group = mesh.group("sequence")
         self._way = Way(config, tensor, self._group, backend, recompute)
         first, stop = self._local_start, self._local_stop

@@ -48,13 +48,18 @@ class TensorParallel:
     def column(self, in_features: int, out_features: int) -> nn.Module:
         """A linear layer of which each rank computes its part of the outputs, from an input that has entered."""
         if self.group is None:
-            return nn.Linear(in_features, out_features)
+            linear = nn.Linear(in_features, out_features)
+            _mark(linear.weight, 0, out_features, (0, out_features))
+            _mark(linear.bias, 0, out_features, (0, out_features))
+            return linear
         return ColumnParallelLinear(in_features, out_features, group=self.group)
 
     def row(self, in_features: int, out_features: int) -> nn.Module:
         """A linear layer that takes each rank's part of the inputs; its result has left the tensor-parallel part."""
         if self.group is None:
-            return nn.Linear(in_features, out_features)
+            linear = nn.Linear(in_features, out_features)
+            _mark(linear.weight, 1, in_features, (0, in_features))
+            return linear
         return RowParallelLinear(in_features, out_features, group=self.group, sequence_dim=self.sequence_dim)
 
     def sharing(self, channels: int) -> SwitchSharing | None:
@@ -208,16 +213,16 @@ def _sharded(shape: tuple[int, ...], dim: int, group: dist.ProcessGroup) -> nn.P
     size = shape[dim]
     own = shard_sizes(size, group.size())[group.rank()]
     parameter = nn.Parameter(torch.empty([own if index == dim else other for index, other in enumerate(shape)]))
-    attributes = {
-        "tensor_model_parallel": True,  # DeepSpeed counts the others once in the norm of gradients
-        "partition_dim": dim,
-        "partition_stride": 1,
-        "partition_size": size,
-        "partition_range": shard_range(size, group.size(), group.rank()),
-    }
+    parameter.tensor_model_parallel = True  # type: ignore[attr-defined]  # DeepSpeed counts the others once in the norm
+    _mark(parameter, dim, size, shard_range(size, group.size(), group.rank()))
+    return parameter
+
+
+def _mark(parameter: Tensor, dim: int, size: int, part: tuple[int, int]) -> None:
+    """Say how the tensor axis divides a parameter, as Megatron does; checkpoints want it on one rank too."""
+    attributes = {"partition_dim": dim, "partition_stride": 1, "partition_size": size, "partition_range": part}
     for name, value in attributes.items():
         setattr(parameter, name, value)
-    return parameter
 
 
 def _reset_as_linear(weight: Tensor, bias: Tensor | None, in_features: int) -> None:

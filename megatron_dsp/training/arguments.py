@@ -39,6 +39,7 @@ _LEAST = {
     "log_interval": 1,
     "eval_interval": 1,
     "save_interval": 1,
+    "keep": 1,
     "eval_iters": 0,
     "lr_warmup_iters": 0,
     "lr_decay_iters": 1,
@@ -134,7 +135,14 @@ def _add_training(arguments: argparse.ArgumentParser) -> None:
     group = arguments.add_argument_group("checkpoints, validation, logging")
     group.add_argument("--save", type=Path, help="folder to save checkpoints in")
     group.add_argument("--save-interval", type=int, help="iterations between checkpoints; default: only at the end")
-    group.add_argument("--load", type=Path, help="folder to resume from, at the same degrees and ZeRO stage")
+    group.add_argument("--keep", type=int, help="keep the newest so many checkpoints in the folder of --save; default: all")
+    group.add_argument("--load", type=Path, help="folder to resume from; degrees and ZeRO stage may be others")
+    group.add_argument(
+        "--no-load-optim", action="store_true", help="take weights alone from --load, and start the optimizer anew"
+    )
+    group.add_argument(
+        "--no-load-rng", action="store_true", help="start random numbers anew: at other pipe, data or sequence degrees"
+    )
     group.add_argument("--eval-interval", type=int, default=1000)
     group.add_argument("--eval-iters", type=int, default=1, help="global batches of a validation; 0: none")
     group.add_argument("--log-interval", type=int, default=10)

@@ -1,31 +1,48 @@
 """Checkpoints through DeepSpeed's engine, with what DeepSpeed does not record beside them (docs/checkpoints.md).
 
-DeepSpeed writes ``<folder>/global_stepN/`` and, last, the pointer ``<folder>/latest``. Beside its files stand whole weights and
-their average in safetensors files, the states of random numbers, and ``megatron_dsp.json``: the degrees, how far the data was
-consumed, and what else is there. It is read before anything is unpickled.
+The files are DeepSpeed's, whole weights and their average in safetensors files, the states of random numbers, and a manifest of
+all of it. Here is what the ranks do together; the order on the disk is `checkpoint.store`'s.
+
+While a checkpoint is written, a rank that cannot write a file goes on to the end: the others are on their way into collectives.
+Then all of them raise its error.
 """
 
 from __future__ import annotations
 
-import itertools
-import json
+import errno
+import logging
+import math
 import os
+import platform
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
+from datetime import datetime, timezone
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
-from megatron_dsp.errors import UsageError
-from megatron_dsp.mesh import AXES, Mesh
+from megatron_dsp.checkpoint import manifest, store, unpickling
+from megatron_dsp.checkpoint.deepspeed_files import DeepSpeedState
+from megatron_dsp.checkpoint.disk import sync
+from megatron_dsp.checkpoint.manifest import Manifest, Stored
+from megatron_dsp.checkpoint.parameters import Model, whole_names
+from megatron_dsp.checkpoint.state import AVERAGE, WEIGHT
+from megatron_dsp.errors import RankError, UsageError
+from megatron_dsp.mesh import AXES, Mesh, RankGrid
 from megatron_dsp.training import master_weights, rng
 from megatron_dsp.training.ema import EMA
+from megatron_dsp.training.engine_state import Fragments, check_model, model_of, put
 from megatron_dsp.training.master_weights import MasterWeights
-from megatron_dsp.training.tensor_file import TensorFile, durable
 
-_RECORD = "megatron_dsp.json"
+_T = TypeVar("_T")
+_PACKAGES = "megatron-dsp", "torch", "deepspeed"
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -36,119 +53,357 @@ class Progress:
     consumed_samples: int = 0
 
 
-def save(engine: Any, folder: Path, progress: Progress, mesh: Mesh, ema: EMA | None = None) -> None:
+def save(engine: Any, folder: Path, progress: Progress, mesh: Mesh, ema: EMA | None = None, *, keep: int | None = None) -> None:
     """Save engine, optimizer, schedule, progress, random numbers, whole weights and their average; every rank calls it.
 
-    Where DeepSpeed has the weights in files of its own, the whole ones are left out.
+    ``folder/latest`` names the new checkpoint when all of it is on the disk. After that, with ``keep``, all but the newest so
+    many are deleted. Where DeepSpeed has the weights in files of its own, the whole ones are left out.
+
+    Errors: UsageError, the same on all ranks, where one cannot write; the checkpoint before stays the latest then.
     """
-    tag = f"global_step{progress.iteration}"
-    path = folder / tag
-    if dist.get_rank() == 0:
-        path.mkdir(parents=True, exist_ok=True)
-    dist.barrier()
-    metadata = {"iteration": str(progress.iteration), **{axis: str(mesh.size(axis)) for axis in AXES}}
-    contents, place = ["random numbers"], _place(mesh)
-    rng.save(path / _random_file(dist.get_rank()), mesh)
+    refuse_other_writers(engine)
+    tag, first = f"global_step{progress.iteration}", dist.get_rank() == 0
+    path = folder / store.saving(tag)
+    what = f"--save {folder}: {tag} is not saved, and the checkpoint before it stays the latest"
+    try:
+        _together(what, lambda: store.begin(folder, tag) if first else None)
+        _together(what, lambda: _sizes(path, [""]))  # of the folder itself, to see that it is the same on all hosts
+        files = _Files(engine.checkpoint_engine, path)
+        contents = _write(engine, files, progress, mesh, ema)
+        names = {name for of_rank in _together(what, files.finish) for name in of_rank}
+        sizes = _together(what, lambda: _sizes(path, names) if first else {})[0]
+        hashes = _together(what, lambda: _hashes(path, _own(sizes)))
+        stored = {name: Stored(sizes[name], digest) for of_rank in hashes for name, digest in of_rank.items()}
+        record = _manifest(engine, mesh, progress, contents, stored, model_of(engine, mesh))
+        _together(what, lambda: store.publish(folder, tag, record, keep) if first else None)
+    except UsageError:
+        if first:
+            with suppress(OSError):  # what stays there misleads nobody, and the next save removes it
+                store.abandon(folder, tag)
+        raise
+
+
+def refuse_other_writers(engine: Any) -> None:
+    """Errors: UsageError where the ds_config has DeepSpeed write in a way that `save` cannot make safe."""
+    writer = type(engine.checkpoint_engine).__name__
+    if writer != "TorchCheckpointEngine":
+        raise UsageError(
+            f'the ds_config has {writer} write checkpoints ("writer" in its section "checkpoint", or "datastates_ckpt"); what '
+            "it writes may not be on the disk when it returns, and may not load again: remove that"
+        )
+    if not engine.checkpoint_engine.zipfile_serialization:
+        raise UsageError(
+            '"checkpoint_serialization": false in the ds_config writes plain pickles, which are not loaded again; remove it'
+        )
+    if engine.use_node_local_storage():
+        raise UsageError(
+            '"use_node_local_storage": true in the ds_config leaves each host a part of a checkpoint; remove it, and save to a '
+            "file system that all hosts share"
+        )
+
+
+def load(
+    engine: Any,
+    folder: Path,
+    mesh: Mesh,
+    ema: EMA | None = None,
+    *,
+    optimizer: bool = True,
+    random_numbers: bool = True,
+) -> Progress:
+    """Resume from the latest good checkpoint in ``folder``; every rank calls it.
+
+    It is the one that ``latest`` names; where that is damaged, the newest that is not, with a warning. It may have been saved
+    at any degrees of tensor, pipe, sequence and data, and in any ZeRO stage. ``ema`` takes the average from there; without it
+    an average that is there is left alone. Without ``optimizer`` only weights are taken, without ``random_numbers`` these begin
+    anew.
+
+    Errors: UsageError, the same on all ranks, where there is no good one, where it is of another model or optimizer, where it
+    has no average for ``ema``, where the states of random numbers are of other ranks than these, or where a file of it would
+    run code; never a silent start from scratch.
+    """
+    path, record = _newest_good(folder)
+    if ema is not None and "ema" not in record.contents:
+        raise UsageError(
+            f"--load {folder}: its checkpoint {path.name!r} has no EMA; resume without one, or load(..., ema=None) first and "
+            "make EMA(engine, mesh, decay) then, to start it from the loaded weights"
+        )
+    random_file = _random_file_for(mesh, record, folder) if random_numbers else None
+    pickles = {name: stored.size for name, stored in record.files.items() if name.endswith(".pt")}
+    _together(f"--load {folder}", lambda: [unpickling.check_globals(path / name) for name in _own(pickles)])
+    state = DeepSpeedState(path, record)
+    if optimizer and _reads_its_own(engine, mesh, record):
+        with _plugged(engine, _Files(engine.checkpoint_engine, path)):
+            loaded, _ = engine.load_checkpoint(str(path.parent), tag=path.name)
+        if loaded is None:
+            raise UsageError(f"--load {folder}: DeepSpeed could not load {path.name!r}; its own message says what is missing")
+    else:
+        check_model(state, engine.module, mesh)
+        _together(f"--load {folder}", lambda: put(engine, mesh, state, optimizer=optimizer))
     if ema is not None:
-        ema.save(path / _weights_file("ema_model", *place), metadata)
-        contents.append("ema")
-    if master_weights.reason_against(engine) is None:
-        weights = MasterWeights(engine, mesh)
-        weights.save(path / _weights_file("weights", *place), weights.tensors(), metadata)
-        contents.append("weights")
-    if dist.get_rank() == 0:
-        record = {"progress": asdict(progress), "layout": _layout(engine, mesh), "contents": contents}
-        with durable(path / _RECORD) as file:
-            file.write(json.dumps(record, indent=2).encode())
-    dist.barrier()  # all of it is there before DeepSpeed points to it
-    engine.save_checkpoint(str(folder), tag=tag)
+        ema.load(Fragments(state, AVERAGE, engine.module, mesh))
+    if random_file is not None:
+        rng.load(path / random_file, mesh)
+    elif not random_numbers:
+        rng.restart(mesh, record.progress["iteration"])
+    return Progress(**record.progress)
 
 
-def load(engine: Any, folder: Path, mesh: Mesh, ema: EMA | None = None) -> Progress:
-    """Resume from the latest checkpoint in ``folder``; every rank calls it.
+def _reads_its_own(engine: Any, mesh: Mesh, record: Manifest) -> bool:
+    """Whether DeepSpeed itself can load the checkpoint: what it saved at these degrees, but not all of that."""
+    bf16_pipeline = engine.bfloat16_enabled() and mesh.size("pipe") > 1 and engine.zero_optimization_stage() == 0
+    return record.layout == _layout(engine, mesh) and record.precision == _precision(engine) and not bf16_pipeline
 
-    ``ema`` takes the average from there. Without it an average that is there is left alone.
 
-    Errors: UsageError where there is none, where it was saved at other degrees or another ZeRO stage, where it has no average
-    for ``ema``, or where a file of it is missing; never a silent start from scratch.
-    """
-    path, record = _latest(folder)
-    tag = path.name
-    here = _layout(engine, mesh)
-    differing = [
-        f"{key} {record['layout'].get(key)} -> {value}" for key, value in here.items() if record["layout"].get(key) != value
-    ]
+def _random_file_for(mesh: Mesh, record: Manifest, folder: Path) -> str | None:
+    """The file of the rank that was where this one is on the axes along which random numbers differ; None: there are none."""
+    if "random numbers" not in record.contents:
+        return None
+    degrees = {axis: record.layout[axis] for axis in AXES}
+    differing = [f"{axis} {degrees[axis]} -> {mesh.size(axis)}" for axis in rng.PARTS if degrees[axis] != mesh.size(axis)]
     if differing:
         raise UsageError(
-            f"--load {folder}: the checkpoint was saved with another layout ({', '.join(differing)}); resume with the same "
-            "degrees and ZeRO stage"
+            f"--load {folder}: the states of random numbers are of other ranks ({', '.join(differing)}) and cannot be kept; "
+            "let them begin anew with --no-load-rng"
         )
-    contents = record.get("contents", [])
-    if ema is not None and "ema" not in contents:
-        raise UsageError(
-            f"--load {folder}: its checkpoint {tag!r} has no EMA; resume without one, or load(..., ema=None) first and make "
-            "EMA(engine, mesh, decay) then, to start it from the loaded weights"
-        )
-    needed = [_random_file(rank) for rank in range(dist.get_world_size())] if "random numbers" in contents else []
-    if ema is not None:
-        places = itertools.product(range(mesh.size("tensor")), range(mesh.size("pipe")))
-        needed += [_weights_file("ema_model", *place) for place in places]
-    missing = sorted(set(needed) - set(os.listdir(path)))
-    if missing:
-        raise UsageError(f"--load {folder}: its checkpoint {tag!r} lacks {', '.join(missing[:8])}; use another one")
-    loaded, _ = engine.load_checkpoint(str(folder), tag=tag)
-    if loaded is None:
-        raise UsageError(f"--load {folder}: DeepSpeed could not load {tag!r}; its own message says what is missing")
-    if ema is not None:
-        ema.load(path / _weights_file("ema_model", *_place(mesh)))
-    if "random numbers" in contents:
-        rng.load(path / _random_file(dist.get_rank()), mesh)
-    return Progress(**record["progress"])
+    here = {axis: mesh.rank(axis) if axis in rng.PARTS else 0 for axis in AXES}
+    grid = RankGrid(math.prod(degrees.values()), **degrees)
+    return _random_file(int(grid.ranks[tuple(here.values())]))
 
 
 @torch.no_grad()
 def load_weights(module: nn.Module, folder: Path, mesh: Mesh, *, ema: bool) -> Progress:
-    """Fill a plain module with the weights of the latest checkpoint in ``folder``, or with their average; no DeepSpeed.
+    """Fill a plain module with the weights of the latest good checkpoint in ``folder``, or with their average; no DeepSpeed.
 
-    The checkpoint may be of any ZeRO stage, data and sequence degree. Every rank reads for itself; values are cast to the
-    module's dtypes. Returns how far the training had come.
+    Good: the files of all these weights are as they were saved, and the others are there. The checkpoint may be of any ZeRO
+    stage, data and sequence degree. Every rank calls it; values are cast to the module's dtypes. Returns how far the training
+    had come.
 
     Errors: UsageError where there is no such checkpoint or no average in it, where its tensor degree is not the mesh's, with a
     pipe axis, and for names or shapes that are not the module's.
     """
-    path, record = _latest(folder)
-    name, what = ("ema", "EMA") if ema else ("weights", "weights")
-    if name not in record.get("contents", []):
-        raise UsageError(f"--load {folder}: its checkpoint {path.name!r} has no file of {what}; give ema={not ema} or another")
-    pipe, tensor = record["layout"]["pipe"], record["layout"]["tensor"]
-    if pipe > 1 or mesh.size("pipe") > 1:
-        raise UsageError(
-            f"--load {folder}: saved at pipe {pipe}, to be loaded at pipe {mesh.size('pipe')}, but a pipeline names weights by "
-            "the numbers of its layers; both must be 1"
-        )
-    if tensor != mesh.size("tensor"):
-        raise UsageError(
-            f"--load {folder}: its weights are in shards of tensor degree {tensor}, and this mesh has {mesh.size('tensor')}; "
-            f"use a mesh of tensor={tensor}"
-        )
-    file = TensorFile(path / _weights_file("ema_model" if ema else "weights", *_place(mesh)))
-    values = dict(module.named_parameters()) | master_weights.persistent_buffers(module)
-    file.check({name: tuple(value.shape) for name, value in values.items()})
-    for name, value in values.items():
-        value.copy_(file.read(name))
-    return Progress(**record["progress"])
+    kind, content, file = (AVERAGE, "EMA", "ema_model") if ema else (WEIGHT, "weights", "weights")
+    path, record = _newest_good(folder, lambda name: name.startswith(f"{file}_"))
+    if ("ema" if ema else "weights") not in record.contents:
+        raise UsageError(f"--load {folder}: its checkpoint {path.name!r} has no {content}; give ema={not ema} or another")
+    state = DeepSpeedState(path, record)
+    check_model(state, module, mesh)
+    fragments = Fragments(state, kind, module, mesh)
+    for name, parameter in module.named_parameters():
+        parameter.copy_(fragments.read_flat(name, 0, parameter.numel()).view_as(parameter))
+    buffers, names = state.buffers(), whole_names(module)
+    for name, buffer in master_weights.persistent_buffers(module).items():
+        buffer.copy_(buffers[names[name]])
+    return Progress(**record.progress)
 
 
-def _latest(folder: Path) -> tuple[Path, dict[str, Any]]:
-    """The newest checkpoint in ``folder``, and its record."""
-    latest = folder / "latest"
-    if not latest.is_file():
-        raise UsageError(f"--load {folder}: no checkpoint there (no file {latest}); give the folder of an earlier --save")
-    tag = latest.read_text().strip()
-    record_file = folder / tag / _RECORD
-    if not record_file.is_file():
-        raise UsageError(f"--load {folder}: its latest checkpoint {tag!r} has no {_RECORD}; it was not saved by this package")
-    return folder / tag, json.loads(record_file.read_text())
+class _Files:
+    """What DeepSpeed's engine writes and reads files with while `save` and `load` run; also, what this rank has written.
+
+    Attributes:
+        folder: of the checkpoint.
+    """
+
+    def __init__(self, own: Any, folder: Path):
+        """``own``: what the engine has for it otherwise."""
+        self.folder = folder
+        self._own = own
+        self._written: list[str] = []
+        self._error: OSError | UsageError | None = None
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._own, name)
+
+    @contextmanager
+    def writing(self, path: Path) -> Iterator[None]:
+        """A block that writes a file of the checkpoint. That it could not is remembered, and raised by `finish`."""
+        with self.remembering():
+            yield
+            self._written.append(path.relative_to(self.folder).as_posix())
+
+    @contextmanager
+    def remembering(self) -> Iterator[None]:
+        """A block in which files may be written. That one could not is raised by `finish`."""
+        try:
+            yield
+        except (OSError, RankError) as error:
+            self._error = self._error or error
+
+    def finish(self) -> list[str]:
+        """The files that this rank has written, by their paths in the checkpoint. Errors: of the first that it could not."""
+        if self._error is not None:
+            raise self._error
+        return self._written
+
+    def save(self, state_dict: Any, path: str) -> None:
+        """Write a file of DeepSpeed's; it is on the disk afterwards, and `load` will take it."""
+        with self.writing(Path(path)):
+            with Path(path).open("wb") as file:
+                try:
+                    torch.save(state_dict, file)
+                except RuntimeError as error:
+                    # torch's zip writer fails at a place that does not fit; why is what the file raised before.
+                    raise error.__context__ if isinstance(error.__context__, OSError) else error from None
+                file.flush()
+                os.fsync(file.fileno())
+            unpickling.check_globals(Path(path))
+
+    def load(self, path: str, map_location: Any = None) -> Any:
+        """Read a file of DeepSpeed's; nothing in it can run."""
+        return unpickling.load(Path(path), map_location)
+
+
+@contextmanager
+def _plugged(engine: Any, files: _Files) -> Iterator[None]:
+    """Let the engine write and read through ``files``, and not raise where it copies its scripts beside checkpoints."""
+    own, copy = engine.checkpoint_engine, engine._copy_recovery_script
+
+    def copy_recovery_script(folder: str) -> None:
+        with files.remembering():
+            copy(folder)
+
+    engine.checkpoint_engine, engine._copy_recovery_script = files, copy_recovery_script
+    try:
+        yield
+    finally:
+        engine.checkpoint_engine = own
+        del engine._copy_recovery_script
+
+
+def _write(engine: Any, files: _Files, progress: Progress, mesh: Mesh, ema: EMA | None) -> list[str]:
+    """Write this rank's files; the contents beside DeepSpeed's."""
+    metadata = {"iteration": str(progress.iteration), **{axis: str(mesh.size(axis)) for axis in AXES}}
+    contents = ["random numbers"]
+    path = files.folder / _random_file(dist.get_rank())
+    with files.writing(path):
+        rng.save(path, mesh)
+    if ema is not None:
+        path = files.folder / _weights_file("ema_model", *_place(mesh))
+        with files.writing(path):
+            ema.save(path, metadata)
+        contents.append("ema")
+    if master_weights.reason_against(engine) is None:
+        weights = MasterWeights(engine, mesh)
+        path = files.folder / _weights_file("weights", *_place(mesh))
+        with files.writing(path):
+            weights.save(path, weights.tensors(), metadata)
+        contents.append("weights")
+    with _plugged(engine, files):
+        engine.save_checkpoint(str(files.folder.parent), tag=files.folder.name, save_latest=False)
+    for path in files.folder.glob("offloaded_tensors/**/*"):  # of NVMe offload, which DeepSpeed copies there
+        if path.is_file():
+            with files.writing(path):
+                sync(path)
+    return contents
+
+
+def _sizes(folder: Path, names: Iterable[str]) -> dict[str, int]:
+    with _seeing():
+        return {name: (folder / name).stat().st_size for name in sorted(names)}
+
+
+def _hashes(folder: Path, names: Iterable[str]) -> dict[str, str]:
+    with _seeing():
+        return {name: manifest.sha256(folder / name) for name in names}
+
+
+@contextmanager
+def _seeing() -> Iterator[None]:
+    """Reading of files that other ranks have written."""
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise RankError(
+            f"{error.filename}, which another rank has made, is not there for this one; give a folder on a file system that "
+            "all hosts share"
+        ) from error
+
+
+def _own(sizes: Mapping[str, int]) -> list[str]:
+    """This rank's part of files, given all of them with their sizes."""
+    return manifest.divide(sizes, dist.get_world_size())[dist.get_rank()]
+
+
+def _manifest(
+    engine: Any, mesh: Mesh, progress: Progress, contents: list[str], files: dict[str, Stored], model: Model
+) -> Manifest:
+    return Manifest(
+        saved=datetime.now(timezone.utc).isoformat(timespec="microseconds"),
+        progress=asdict(progress),
+        layout=_layout(engine, mesh),
+        precision=_precision(engine),
+        contents=contents,
+        versions={"python": platform.python_version(), **{name: _version(name) for name in _PACKAGES}},
+        model=model,
+        files=files,
+    )
+
+
+def _precision(engine: Any) -> str:
+    return "bf16" if engine.bfloat16_enabled() else "fp16" if engine.fp16_enabled() else "fp32"
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:  # run from a checkout
+        return "not installed"
+
+
+def _newest_good(folder: Path, wanted: Callable[[str], bool] = lambda name: True) -> tuple[Path, Manifest]:
+    """The checkpoint in ``folder`` to load, and its manifest, the same on all ranks; a warning says what is wrong with others.
+
+    Rank 0 looks, and the ranks hash the files whose names are ``wanted`` together. Errors: UsageError where none is good.
+    """
+    what, first = f"--load {folder}", dist.get_rank() == 0
+    records = {}
+
+    def look(path: Path) -> tuple[Manifest | None, list[str]]:
+        try:
+            record = manifest.read(path)
+        except UsageError as error:
+            return None, [str(error)]
+        return record, list(manifest.check_sizes(path, record).values())
+
+    def check(path: Path) -> list[str]:
+        record, problems = _together(what, lambda: look(path) if first else (None, []))[0]
+        if record is None or problems:
+            return problems
+        records[path] = record
+        names = _own({name: stored.size for name, stored in record.files.items() if wanted(name)})
+        of_ranks = _together(what, lambda: manifest.check_hashes(path, record, names))
+        return [problem for of_rank in of_ranks for problem in of_rank]
+
+    found = _together(what, lambda: store.candidates(folder) if first else ([], []))[0]
+    path, known = store.newest_good(folder, found, check)
+    if known and first:
+        logger.warning("%s: %s; taking %s", what, "; ".join(known), path.name)
+    return path, records[path]
+
+
+def _together(what: str, part: Callable[[], _T]) -> list[_T]:
+    """What ``part`` returns on each rank; where it fails on one, the same UsageError on all. Collective over all ranks."""
+    answer, failure = None, None
+    try:
+        answer = part()
+    except RankError as error:
+        failure = f"{what}: rank {dist.get_rank()}: {error}"
+    except UsageError as error:
+        failure = str(error)
+    except OSError as error:
+        failure = f"{what}: rank {dist.get_rank()}: {_reason(error)}"
+    answers: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(answers, (answer, failure))
+    for _, failure in answers:
+        if failure is not None:
+            raise UsageError(failure)
+    return [answer for answer, _ in answers]
+
+
+def _reason(error: OSError) -> str:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return f"the disk is full ({error.strerror}); free space there, or keep fewer checkpoints (--keep)"
+    return f"{error.filename or 'a file'} cannot be written or read ({error.strerror}); see that it can"
 
 
 def _random_file(rank: int) -> str:

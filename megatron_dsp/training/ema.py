@@ -11,8 +11,7 @@ import torch
 
 from megatron_dsp.errors import UsageError
 from megatron_dsp.mesh import Mesh
-from megatron_dsp.training.master_weights import MasterWeights
-from megatron_dsp.training.tensor_file import TensorFile
+from megatron_dsp.training.master_weights import Flat, MasterWeights
 
 _CHUNK = 2**22  # elements that an exchange copies aside
 
@@ -78,13 +77,10 @@ class EMA:
         self._check_not_applied("save")
         self._weights.save(path, self._average, {**metadata, "decay": repr(self.decay)})
 
-    def load(self, path: Path) -> None:
-        """Take the average from a file of `save`, of any ZeRO stage, data and sequence degree. The decay stays this one's.
-
-        Errors: UsageError where it is not of this model.
-        """
+    def load(self, source: Flat) -> None:
+        """Take the average from ``source``, of this model. The decay stays this one's."""
         self._check_not_applied("load")
-        self._weights.load(TensorFile(path), self._average)
+        self._weights.load(source, self._average)
 
     def _check_not_applied(self, call: str) -> None:
         if self._is_applied:

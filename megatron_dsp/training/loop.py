@@ -57,7 +57,12 @@ def train(
     ``arguments.save`` every ``save_interval`` iterations and at the end. On SIGTERM (a scheduler's warning) all ranks
     finish the iteration together, save, and return. ``ema`` takes the weights after each step, and goes into checkpoints.
     """
-    progress = checkpointing.load(engine, arguments.load, mesh, ema) if arguments.load else Progress()
+    if arguments.save:
+        checkpointing.refuse_other_writers(engine)  # now, not after the first save_interval
+    progress = Progress()
+    if arguments.load:
+        kept = {"optimizer": not arguments.no_load_optim, "random_numbers": not arguments.no_load_rng}
+        progress = checkpointing.load(engine, arguments.load, mesh, ema, **kept)
     if arguments.load:
         log.message(f"resumed from {arguments.load} at iteration {progress.iteration}")
     saved = progress.iteration if arguments.load == arguments.save else None
@@ -192,7 +197,7 @@ def _show_exposed(engine: Any, workload: Workload, mesh: Mesh, progress: Progres
 
 
 def _save(engine: Any, mesh: Mesh, arguments: argparse.Namespace, progress: Progress, log: TrainingLog, ema: EMA | None) -> int:
-    checkpointing.save(engine, arguments.save, progress, mesh, ema)
+    checkpointing.save(engine, arguments.save, progress, mesh, ema, keep=arguments.keep)
     log.message(f" saved checkpoint at iteration {progress.iteration} to {arguments.save}")
     return progress.iteration
 

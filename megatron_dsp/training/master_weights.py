@@ -18,7 +18,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from itertools import accumulate, chain
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.distributed as dist
@@ -27,7 +27,6 @@ from torch import Tensor, nn
 from megatron_dsp.errors import UsageError
 from megatron_dsp.mesh import Mesh
 from megatron_dsp.training import tensor_file
-from megatron_dsp.training.tensor_file import TensorFile
 
 
 class Fragment(NamedTuple):
@@ -44,6 +43,13 @@ class Fragment(NamedTuple):
     size: int
     source: int | None
     offset: int = 0
+
+
+class Flat(Protocol):
+    """Where `MasterWeights.load` finds parameters, by the names of the module."""
+
+    def read_flat(self, name: str, start: int, size: int) -> Tensor:
+        """``size`` elements of a flattened parameter from ``start`` on."""
 
 
 class MasterWeights:
@@ -69,13 +75,27 @@ class MasterWeights:
 
     def tensors(self) -> list[Tensor]:
         """The optimizer's memory for this rank's weights, with its padding: no copies."""
+        return [tensor.detach() for tensor in self.memory()]
+
+    def memory(self) -> list[Tensor]:
+        """The same as the objects by which the optimizer's own state is found."""
         optimizer = self._engine.optimizer
         for name in _FLAT:
             if hasattr(optimizer, name):
-                return [tensor.detach() for tensor in getattr(optimizer, name)]
+                return list(getattr(optimizer, name))
         if hasattr(optimizer, "fp32_groups"):  # of FP16_UnfusedOptimizer
-            return [tensor.detach() for tensor in chain.from_iterable(optimizer.fp32_groups)]
-        return [p.detach() for name, p in self._parameters.items() if self.fragments[name].source is not None]
+            return list(chain.from_iterable(optimizer.fp32_groups))
+        return [p for name, p in self._parameters.items() if self.fragments[name].source is not None]
+
+    @property
+    def parameters(self) -> Mapping[str, nn.Parameter]:
+        """Of the module, by name."""
+        return self._parameters
+
+    @property
+    def buffers(self) -> Mapping[str, Tensor]:
+        """The persistent ones of the module, by name."""
+        return self._buffers
 
     @torch.no_grad()
     def publish(self) -> None:
@@ -130,24 +150,28 @@ class MasterWeights:
         entries |= {name: (buffer.dtype, tuple(buffer.shape)) for name, buffer in self._buffers.items()}
         entries = dict(sorted(entries.items(), key=lambda entry: -entry[1][0].itemsize))
         first = self._group.rank() == 0
-        with tensor_file.create(path, entries, metadata) if first else nullcontext() as append:
-            for name in entries:
-                value = self._buffers[name] if name in self._buffers else self.whole(name, tensors)
-                if append is not None and value is not None:
-                    append(value)
+        names = iter(entries)
+        try:
+            with tensor_file.create(path, entries, metadata) if first else nullcontext() as append:
+                for name in names:
+                    value = self._buffers[name] if name in self._buffers else self.whole(name, tensors)
+                    if append is not None and value is not None:
+                        append(value)
+        except OSError:
+            for name in names:  # the others of the group do not know that this file cannot be written
+                if name not in self._buffers:
+                    self.whole(name, tensors)
+            raise
 
     @torch.no_grad()
-    def load(self, file: TensorFile, tensors: Sequence[Tensor]) -> None:
-        """Copy this rank's fragments of the trained parameters from a file of `save` into ``tensors``.
+    def load(self, source: Flat, tensors: Sequence[Tensor], *, all_of_them: bool = False) -> None:
+        """Copy this rank's fragments of the trained parameters from ``source`` into ``tensors``, made like the optimizer's.
 
-        The file may be of another ZeRO stage and of other data and sequence degrees. Errors: UsageError where its names or
-        shapes are not this model's.
+        ``all_of_them``: of the others too, into the model's own.
         """
-        shapes = {name: _shape(parameter) for name, parameter in self._parameters.items()}
-        file.check(shapes | {name: tuple(buffer.shape) for name, buffer in self._buffers.items()})
-        for name, (start, size, source, _) in self.fragments.items():
-            if source is not None:
-                self.own(name, tensors).copy_(file.read_flat(name, start, size))
+        for name, (start, size, where, _) in self.fragments.items():
+            if where is not None or all_of_them:
+                self.own(name, tensors).copy_(source.read_flat(name, start, size))
 
     def _find_fragments(self) -> dict[str, Fragment]:
         optimizer, parameters = self._engine.optimizer, self._parameters

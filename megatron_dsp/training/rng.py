@@ -20,6 +20,7 @@ from megatron_dsp.mesh import AXES, Mesh
 from megatron_dsp.training import tensor_file
 from megatron_dsp.training.tensor_file import TensorFile
 
+PARTS = ("pipe", "data", "sequence")  # the axes along which `seed` makes random numbers differ
 _DEFAULT = "default"
 _State = dict[str, Tensor]  # of torch's generators by device: "cpu", and on a mesh of GPUs "cuda"
 
@@ -64,7 +65,7 @@ def seed(mesh: Mesh, seed: int) -> None:
     the model was made: its initial weights must be equal on all data and sequence ranks. `random_along` draws from streams
     that begin anew with it.
     """
-    torch.manual_seed(_number(seed, *(mesh.rank(axis) for axis in ("pipe", "data", "sequence"))))
+    torch.manual_seed(_number(seed, *(mesh.rank(axis) for axis in PARTS)))
     _of_meshes[mesh] = _Streams(mesh, seed)
 
 
@@ -117,6 +118,12 @@ class _Repeat:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
         self._streams.current, self._streams.waiting = self._now
+
+
+def restart(mesh: Mesh, iteration: int) -> None:
+    """As `seed`, with another number for each iteration: numbers whose states were not kept do not repeat the first ones."""
+    if mesh in _of_meshes:
+        seed(mesh, _number(_of_meshes[mesh].seed, iteration))
 
 
 def save(path: Path, mesh: Mesh) -> None:

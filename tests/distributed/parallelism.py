@@ -10,6 +10,7 @@ import gc
 import itertools
 import math
 import warnings
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -183,9 +184,8 @@ def ds_config(cell: Cell, optimizer: str) -> dict[str, Any]:
     }
 
 
-def _run(cell: Cell, name: str, reference: tuple[list[float], list[float], dict[str, Tensor]]) -> float:
-    import deepspeed
-
+def make(cell: Cell, name: str, **more: Any) -> tuple[Any, dsp.Mesh]:
+    """An engine with an optimizer of this name. ``more``: arguments of ``dsp.deepspeed_initialize``, functions of the model."""
     warnings.filterwarnings("ignore", category=FutureWarning)  # DeepSpeed calls collectives by their old names
     config = ds_config(cell, name)
     mesh = dsp.initialize(config)
@@ -202,15 +202,25 @@ def _run(cell: Cell, name: str, reference: tuple[list[float], list[float], dict[
     else:
         model = VideoDiT(CONFIG, tensor=tensor, recompute=cell.checkpointing)
     _prepare(model)
-    optimizer = None if "optimizer" in config else _optimizer(name, model)
-    engine, *_ = dsp.deepspeed_initialize(model=model, optimizer=optimizer, config=config, mesh=mesh)
-    frames = slice(*dsp.shard_range(T, cell.sequence, group.rank()))
+    given = {name: made(model) for name, made in more.items()}
+    if "optimizer" in given:
+        config.pop("optimizer", None)
+    elif "optimizer" not in config:
+        given["optimizer"] = _optimizer(name, model)
+    engine, *_ = dsp.deepspeed_initialize(model=model, config=config, mesh=mesh, **given)
+    return engine, mesh
+
+
+def train(engine: Any, mesh: dsp.Mesh, steps: Iterable[int]) -> tuple[list[float], list[float | None]]:
+    """Losses and norms of gradients in these steps; in stage 0 there are no norms."""
+    group, data = mesh.group("sequence"), mesh.size("data")
+    frames = slice(*dsp.shard_range(T, group.size(), group.rank()))
     losses, norms = [], []
-    for step in range(STEPS):
+    for step in steps:
         batch = _batch(step)
-        starts = range(mesh.rank("data") * MICRO, BATCH, MICRO * cell.data)
+        starts = range(mesh.rank("data") * MICRO, BATCH, MICRO * data)
         parts = [tuple(_part(values, slice(start, start + MICRO), frames) for values in batch) for start in starts]
-        if cell.pipe > 1:
+        if mesh.size("pipe") > 1:
             value = engine.train_batch(iter(parts))
         else:
             value = torch.zeros(())
@@ -220,10 +230,19 @@ def _run(cell: Cell, name: str, reference: tuple[list[float], list[float], dict[
                 engine.step()
                 value += loss.detach() / len(parts)
             dist.all_reduce(value, group=mesh.group("data", "sequence"))
-            value /= cell.data * cell.sequence
+            value /= mesh.size("data") * mesh.size("sequence")
         losses.append(value.item())
         norm = engine.get_global_grad_norm()
-        norms.append(None if norm is None else float(norm))  # None in stage 0
+        norms.append(None if norm is None else float(norm))
+    return losses, norms
+
+
+def _run(cell: Cell, name: str, reference: tuple[list[float], list[float], dict[str, Tensor]]) -> float:
+    import deepspeed
+
+    engine, mesh = make(cell, name)
+    model, group = engine.module, mesh.group("sequence")
+    losses, norms = train(engine, mesh, range(STEPS))
 
     expected_losses, expected_norms, expected = reference
     errors = [abs(loss / right - 1) for loss, right in zip(losses, expected_losses, strict=True)]

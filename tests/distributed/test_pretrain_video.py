@@ -144,7 +144,7 @@ def test_sigterm_saves_and_stops(small, tmp_path, launcher):
     if launcher == "mpirun":
         assert status == 0, output
     tag = (tmp_path / "latest").read_text()
-    record = json.loads((tmp_path / tag / "megatron_dsp.json").read_text())
+    record = json.loads((tmp_path / tag / "manifest.json").read_text())
     assert 3 <= record["progress"]["iteration"] < 100000
     assert record["progress"]["consumed_samples"] == 4 * record["progress"]["iteration"]
 

@@ -209,7 +209,7 @@ def _resumes(folder: Path) -> None:
     if dist.get_rank() == 0:
         missing.unlink()
     dist.barrier()
-    with pytest.raises(dsp.UsageError, match=f"lacks {missing.name}"):
+    with pytest.raises(dsp.UsageError, match=f"{missing.name} is missing"):
         checkpointing.load(other, folder, mesh)
     for each in (engine, other):
         each.destroy()

@@ -1,0 +1,54 @@
+"""What a checkpoint holds, whole over all axes of a mesh and read one tensor at a time: the form between all formats."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from megatron_dsp.checkpoint.parameters import Parameter
+
+WEIGHT = "weight"  # the kinds of tensors: fp32 weights, their average, and the optimizer's (exp_avg, exp_avg_sq)
+AVERAGE = "ema"
+
+
+@dataclass(frozen=True)
+class Training:
+    """How far a training had come; all of it can be written as JSON.
+
+    Attributes:
+        iteration: optimizer steps, those that fp16 skipped included.
+        consumed_samples: of the data.
+        skipped_steps: iterations in which fp16 overflowed.
+        step: the optimizer's own count, for its bias correction.
+        lr: the learning rate.
+        schedule: the state of the learning rate's schedule, if there is one.
+        loss_scale: fp16's; None without.
+    """
+
+    iteration: int = 0
+    consumed_samples: int = 0
+    skipped_steps: int = 0
+    step: int | None = None
+    lr: float | None = None
+    schedule: Mapping[str, Any] | None = None
+    loss_scale: Mapping[str, Any] | None = field(default=None)
+
+
+class State(Protocol):
+    """A checkpoint of any format.
+
+    Attributes:
+        parameters: by their names in the whole model.
+        kinds: of tensors that there are for each parameter, `WEIGHT` first.
+        training: how far it had come.
+    """
+
+    parameters: Mapping[str, Parameter]
+    kinds: tuple[str, ...]
+    training: Training
+
+    def read(self, kind: str, name: str) -> Tensor:
+        """A whole tensor, of the shape of its parameter, on the CPU."""

@@ -1,0 +1,98 @@
+"""Reading DeepSpeed's ``.pt`` files, which are pickles, without running what a pickle can run.
+
+A pickle names the functions and classes ("globals") that it calls as it is read. `check_globals` reads the names and runs
+nothing; a file that wants others than those listed below is refused. `load` does so too, and then reads with torch's restricted
+unpickler (``weights_only``), which calls nothing else either.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pickletools
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_dsp.errors import RankError
+
+_STORAGES = {
+    f"torch.{kind}Storage"
+    for kind in ("Double", "Float", "Half", "BFloat16", "Long", "Int", "Short", "Char", "Byte", "Bool", "ComplexFloat")
+}
+_TENSORS = {"collections.OrderedDict", "torch._utils._rebuild_tensor_v2", *_STORAGES}
+_FRAGMENT = "deepspeed.utils.tensor_fragment.fragment_address"
+_ALLOWED = {  # by the names of DeepSpeed's files
+    r"layer_\d+(-\w+)*-model_states\.pt": _TENSORS,
+    r"(zero_pp_rank_\d+_)?mp_rank_\d+_model_states\.pt": _TENSORS | {"torch.Size", _FRAGMENT},
+    r"(bf16_)?zero_pp_rank_\d+_mp_rank_\d+_optim_states\.pt": _TENSORS
+    | {
+        "torch.Tensor",
+        "torch.float16",  # of a loss scaler
+        "torch._tensor._rebuild_from_type_v2",
+        "deepspeed.runtime.fp16.loss_scaler.LossScaler",
+        "deepspeed.runtime.fp16.loss_scaler.DynamicLossScaler",
+        "deepspeed.runtime.zero.config.ZeroStageEnum",
+        _FRAGMENT,
+    },
+}
+# Those that torch.save writes (protocol 2). GLOBAL is the only one to reach a global, and has its name spelled out.
+_OPERATIONS = {
+    *("PROTO", "STOP", "MARK", "GLOBAL", "REDUCE", "BUILD", "NEWOBJ", "BINPERSID", "BINPUT", "LONG_BINPUT", "BINGET"),
+    *("LONG_BINGET", "NONE", "NEWTRUE", "NEWFALSE", "BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT", "BINUNICODE"),
+    *("EMPTY_LIST", "APPEND", "APPENDS", "EMPTY_DICT", "SETITEM", "SETITEMS", "EMPTY_SET"),
+    *("EMPTY_TUPLE", "TUPLE", "TUPLE1", "TUPLE2", "TUPLE3"),
+}
+
+
+def check_globals(path: Path) -> set[str]:
+    """The globals that a ``.pt`` file wants, all of them in the list for files of its name. Nothing of it is unpickled.
+
+    Errors: RankError that names the file and what it wants beside those; and for files that are no zip archives of torch.save,
+    such as plain pickles, whatever they want.
+    """
+    allowed = next((names for pattern, names in _ALLOWED.items() if re.fullmatch(pattern, path.name)), None)
+    if allowed is None:
+        raise RankError(f"{path} is not opened: none of DeepSpeed's checkpoint files has such a name; remove it")
+    try:
+        with path.open("rb") as file:
+            if file.read(4) != b"PK\x03\x04":
+                raise ValueError("it is no zip archive, and may be a plain pickle")
+        archive = torch._C.PyTorchFileReader(str(path))
+        if "constants.pkl" in archive.get_all_records():
+            raise ValueError("it is a TorchScript archive")
+        wanted = _globals(archive.get_record("data.pkl"))
+    except (OSError, RuntimeError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise RankError(
+            f"{path} is not opened: {reason}; what torch.save writes is expected, use another checkpoint"
+        ) from error
+    if wanted - allowed:
+        raise RankError(
+            f"{path} is not opened: it wants {', '.join(sorted(wanted - allowed))}, which may run anything, and which "
+            "DeepSpeed's files of this kind do not have; use a checkpoint that you trust"
+        )
+    return wanted
+
+
+def load(path: Path, map_location: Any = "cpu", *, mmap: bool = False) -> Any:
+    """What a ``.pt`` file of DeepSpeed's holds; ``mmap``: tensors stay in the file until they are used.
+
+    Errors: as `check_globals`.
+    """
+    known = {name.rpartition(".")[::2] for name in check_globals(path) if name.startswith("deepspeed.")}
+    classes = [getattr(importlib.import_module(module), name) for module, name in known]
+    with torch.serialization.safe_globals(classes):
+        return torch.load(path, map_location=map_location, weights_only=True, mmap=mmap)
+
+
+def _globals(pickle: bytes) -> set[str]:
+    """The globals that a pickle names. Errors: ValueError where it is no pickle, or not one that torch.save writes."""
+    found = set()
+    for operation, argument, _ in pickletools.genops(pickle):
+        if operation.name not in _OPERATIONS or (operation.name == "PROTO" and argument != 2):
+            raise ValueError(f"its pickle has {operation.name}, which torch.save does not write")
+        if operation.name == "GLOBAL":
+            found.add(str(argument).replace(" ", "."))
+    return found
