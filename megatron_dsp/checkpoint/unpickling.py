@@ -8,6 +8,7 @@ unpickler (``weights_only``), which calls nothing else either.
 from __future__ import annotations
 
 import importlib
+import pickle
 import pickletools
 import re
 from pathlib import Path
@@ -79,18 +80,21 @@ def check_globals(path: Path) -> set[str]:
 def load(path: Path, map_location: Any = "cpu", *, mmap: bool = False) -> Any:
     """What a ``.pt`` file of DeepSpeed's holds; ``mmap``: tensors stay in the file until they are used.
 
-    Errors: as `check_globals`.
+    Errors: as `check_globals`; also RankError where it does with its globals what torch.save does not write.
     """
     known = {name.rpartition(".")[::2] for name in check_globals(path) if name.startswith("deepspeed.")}
     classes = [getattr(importlib.import_module(module), name) for module, name in known]
-    with torch.serialization.safe_globals(classes):
-        return torch.load(path, map_location=map_location, weights_only=True, mmap=mmap)
+    try:
+        with torch.serialization.safe_globals(classes):
+            return torch.load(path, map_location=map_location, weights_only=True, mmap=mmap)
+    except pickle.UnpicklingError as error:
+        raise RankError(f"{path} is refused by torch's restricted unpickler; use a checkpoint that you trust") from error
 
 
-def _globals(pickle: bytes) -> set[str]:
-    """The globals that a pickle names. Errors: ValueError where it is no pickle, or not one that torch.save writes."""
+def _globals(data: bytes) -> set[str]:
+    """The globals that a pickle names. Errors: ValueError where it is none, or not one that torch.save writes."""
     found = set()
-    for operation, argument, _ in pickletools.genops(pickle):
+    for operation, argument, _ in pickletools.genops(data):
         if operation.name not in _OPERATIONS or (operation.name == "PROTO" and argument != 2):
             raise ValueError(f"its pickle has {operation.name}, which torch.save does not write")
         if operation.name == "GLOBAL":

@@ -62,6 +62,8 @@ def save(engine: Any, folder: Path, progress: Progress, mesh: Mesh, ema: EMA | N
     Errors: UsageError, the same on all ranks, where one cannot write; the checkpoint before stays the latest then.
     """
     refuse_other_writers(engine)
+    if keep is not None and keep < 1:
+        raise UsageError(f"keep={keep}: at least the checkpoint that is saved stays; give 1 or more, or None for all")
     tag, first = f"global_step{progress.iteration}", dist.get_rank() == 0
     path = folder / store.saving(tag)
     what = f"--save {folder}: {tag} is not saved, and the checkpoint before it stays the latest"

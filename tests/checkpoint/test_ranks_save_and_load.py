@@ -13,6 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import planted
 import pytest
 import torch
 import torch.distributed as dist
@@ -24,6 +25,8 @@ from megatron_dsp.checkpoint.manifest import Stored
 from megatron_dsp.training import checkpointing
 from megatron_dsp.training.checkpointing import Progress
 from megatron_dsp.training.ema import EMA
+
+_OF_RANK_1 = "zero_pp_rank_1_mp_rank_00_optim_states.pt"
 
 
 @contextmanager
@@ -73,6 +76,8 @@ def _leaves(folder: Path, zero: int) -> None:
         for step in (1, 2, 3):
             checkpointing.save(engine, folder, Progress(step, 4 * step), mesh, ema, keep=2)
         assert type(engine.checkpoint_engine).__name__ == "TorchCheckpointEngine"
+        with pytest.raises(dsp.UsageError, match="keep=0: at least"):
+            checkpointing.save(engine, folder, Progress(4, 16), mesh, keep=0)
     path = folder / "global_step3"
     assert _names(folder) == {"latest", "global_step2", "global_step3"}
     assert store.newest_good(folder) == (path, [])
@@ -84,25 +89,31 @@ def _leaves(folder: Path, zero: int) -> None:
     assert found.versions["torch"] == torch.__version__
 
 
-@pytest.mark.parametrize("zero", [0, 1, pytest.param(2, marks=pytest.mark.long), 3])
+@pytest.mark.parametrize("zero", [pytest.param(0, marks=pytest.mark.long), 1, pytest.param(2, marks=pytest.mark.long), 3])
 def test_what_a_save_leaves(ranks, tmp_path, zero):
     ranks(2, _leaves, tmp_path, zero)
 
 
 @contextmanager
 def _small_files(limited: bool) -> Iterator[None]:
-    """This process can write no file of more than 15,000 bytes, which none of a checkpoint's is here."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    """This process can write no file of more than 5,000 bytes; those of these checkpoints, but for the manifest, are longer."""
+    before, output = resource.getrlimit(resource.RLIMIT_FSIZE), [os.dup(1), os.dup(2)]
     if limited:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (15_000, before[1]))
+        with open(os.devnull, "wb") as nowhere:
+            for number in (1, 2):  # what is printed goes into a file too, under pytest
+                os.dup2(nowhere.fileno(), number)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (5_000, before[1]))
     try:
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        for number, kept in enumerate(output, start=1):
+            os.dup2(kept, number)
+            os.close(kept)
 
 
 def _one_fails(folder: Path, zero: int) -> list[str]:
-    """Rank 0 writes the weights and DeepSpeed's scripts, and in the first case, alone, its model's file too."""
+    """Rank 0 alone writes the weights, which it gathers from the others, and DeepSpeed's scripts."""
     messages = []
     with _engine(zero) as (engine, mesh):
         ema = EMA(engine, mesh, 0.9)
@@ -122,7 +133,7 @@ def _one_fails(folder: Path, zero: int) -> list[str]:
     return messages
 
 
-@pytest.mark.parametrize("zero", [0, 1, 3])
+@pytest.mark.parametrize("zero", [pytest.param(0, marks=pytest.mark.long), pytest.param(1, marks=pytest.mark.long), 3])
 def test_all_ranks_fail_where_one_cannot_write(ranks, tmp_path, zero):
     one, other = ranks(2, _one_fails, tmp_path, zero)
     assert one == other
@@ -164,21 +175,22 @@ def _flip(path: Path) -> None:
     path.write_bytes(content)
 
 
-class _Makes:
-    def __init__(self, path: Path):
-        self.path = str(path)
-
-    def __reduce__(self) -> Any:
-        return os.mkdir, (self.path,)
-
-
-def _plant(path: Path, made: Path) -> None:
-    """Let a file of a checkpoint run code, and the manifest say that it is as it should be."""
-    state = torch.load(path, weights_only=False)
-    torch.save({**state, "more": _Makes(made)}, path)
+def _rerecord(path: Path) -> None:
+    """Let the manifest say that a file is as it should be."""
     record = manifest.read(path.parent)
     files = {**record.files, path.name: Stored(path.stat().st_size, manifest.sha256(path))}
     manifest.write(path.parent, replace(record, files=files))
+
+
+def _plant(path: Path, made: Path) -> None:
+    """Let a file of a checkpoint make a folder."""
+    torch.save({**torch.load(path, weights_only=False), "more": planted.Makes(made)}, path)
+    _rerecord(path)
+
+
+def _plant_on_class(path: Path) -> None:
+    planted.set_on_class(path)
+    _rerecord(path)
 
 
 def _damage(folder: Path, made: Path) -> list[str]:
@@ -191,22 +203,26 @@ def _damage(folder: Path, made: Path) -> list[str]:
         for step in (1, 2, 3):
             checkpointing.save(engine, folder, Progress(step, 4 * step), mesh)
         assert checkpointing.load(engine, folder, mesh) == Progress(3, 12)
-        _on_rank_0(_flip, folder / "global_step3" / "zero_pp_rank_1_mp_rank_00_optim_states.pt")
+        _on_rank_0(_flip, folder / "global_step3" / _OF_RANK_1)
         assert checkpointing.load(engine, folder, mesh) == Progress(2, 8)
         plain = nn.Sequential(nn.Linear(40, 40), nn.Linear(40, 40))  # of whose files none is damaged
         assert checkpointing.load_weights(plain, folder, mesh, ema=False) == Progress(3, 12)
         _on_rank_0(_flip, folder / "global_step3" / "weights_tp_00_pp_00.safetensors")
         assert checkpointing.load_weights(plain, folder, mesh, ema=False) == Progress(2, 8)
 
-        _on_rank_0(_plant, folder / "global_step2" / "mp_rank_00_model_states.pt", made)
-        with pytest.raises(dsp.UsageError, match=r"mp_rank_00_model_states.pt is not opened: it wants posix.mkdir"):
+        _on_rank_0(_plant_on_class, folder / "global_step2" / "mp_rank_00_model_states.pt")
+        with pytest.raises(dsp.UsageError, match=r"mp_rank_00_model_states.pt is refused by torch's restricted unpickler"):
+            checkpointing.load(engine, folder, mesh)
+        # Of rank 1 alone, and refused on both.
+        _on_rank_0(_plant, folder / "global_step2" / _OF_RANK_1, made)
+        with pytest.raises(dsp.UsageError, match=f"{_OF_RANK_1} is not opened: it wants posix.mkdir"):
             checkpointing.load(engine, folder, mesh)
 
         for step in (1, 2):
             _on_rank_0((folder / f"global_step{step}" / "rng_rank_00001.safetensors").unlink)
         with pytest.raises(dsp.UsageError, match="no good checkpoint there") as error:
             checkpointing.load(engine, folder, mesh)
-        for part in ("global_step3 is damaged (weights_tp_00", "zero_pp_rank_1_mp_rank_00_optim_states.pt was changed"):
+        for part in ("global_step3 is damaged (weights_tp_00", f"{_OF_RANK_1} was changed"):
             assert part in str(error.value)
         for step in (1, 2):
             assert f"global_step{step} is damaged (rng_rank_00001.safetensors is missing)" in str(error.value)
@@ -218,26 +234,31 @@ def test_damaged_checkpoints_are_passed_over_and_code_is_not_run(ranks, tmp_path
     made = tmp_path / "made"
     warned, others = ranks(2, _damage, tmp_path / "runs", made)
     assert not made.exists()
-    torch.load(tmp_path / "runs" / "global_step2" / "mp_rank_00_model_states.pt", weights_only=False)
+    torch.load(tmp_path / "runs" / "global_step2" / _OF_RANK_1, weights_only=False)
     assert made.exists(), "the file would have run nothing, and shows nothing"
     assert others == []
-    assert "zero_pp_rank_1_mp_rank_00_optim_states.pt was changed: it holds other bytes than were saved" in warned[0]
+    assert f"{_OF_RANK_1} was changed: it holds other bytes than were saved" in warned[0]
     assert warned[0].endswith("taking global_step2")
 
 
-def _refusals(folder: Path) -> None:
+def _refused(folder: Path, more: dict[str, Any], sign: str) -> None:
     os.environ.update(CROSS_SIZE="1", CROSS_RANK="0")  # DeepSpeed's other writers need them, and its launcher alone sets them
-    for more, sign in (
-        ({"checkpoint": {"checkpoint_serialization": False}}, '"checkpoint_serialization": false in the ds_config'),
-        ({"checkpoint": {"use_node_local_storage": True}}, '"use_node_local_storage": true in the ds_config'),
-        ({"checkpoint": {"writer": {"type": "python"}}}, "FastCheckpointEngine write checkpoints"),
-        ({"checkpoint": {"writer": {"type": "python", "decoupled": True}}}, "DecoupledCheckpointEngine write checkpoints"),
-    ):
-        with _engine(1, **more) as (engine, mesh), pytest.raises(dsp.UsageError, match=sign):
-            checkpointing.save(engine, folder, Progress(1, 2), mesh)
+    with _engine(1, checkpoint=more) as (engine, mesh), pytest.raises(dsp.UsageError, match=sign):
+        checkpointing.save(engine, folder, Progress(1, 2), mesh)
     del os.environ["CROSS_SIZE"], os.environ["CROSS_RANK"]
 
 
-def test_writers_that_cannot_be_made_safe_are_refused(ranks, tmp_path):
-    ranks(2, _refusals, tmp_path)
+@pytest.mark.parametrize(
+    ("more", "sign"),
+    [
+        ({"checkpoint_serialization": False}, '"checkpoint_serialization": false in the ds_config'),
+        ({"use_node_local_storage": True}, '"use_node_local_storage": true in the ds_config'),
+        ({"writer": {"type": "python"}}, "FastCheckpointEngine write checkpoints"),
+        pytest.param(  # which starts a process
+            {"writer": {"type": "python", "decoupled": True}}, "DecoupledCheckpointEngine write", marks=pytest.mark.long
+        ),
+    ],
+)
+def test_writers_that_cannot_be_made_safe_are_refused(ranks, tmp_path, more, sign):
+    ranks(2, _refused, tmp_path, more, sign)
     assert not list(tmp_path.iterdir())

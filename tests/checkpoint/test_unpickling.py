@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import io
-import os
 import pickle
-import zipfile
 from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
+import planted
 import pytest
 import torch
 from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
@@ -25,56 +24,40 @@ _MODEL = "mp_rank_00_model_states.pt"
 _TENSORS = OrderedDict(a=torch.arange(5.0), b=torch.ones(2, 3, dtype=torch.bfloat16), c=torch.tensor([True]))
 
 
-class _Makes:
-    """Makes a folder when it is unpickled."""
-
-    def __init__(self, path: Path):
-        self.path = str(path)
-
-    def __reduce__(self) -> Any:
-        return os.mkdir, (self.path,)
-
-
-class _Evaluates(_Makes):
+class _Evaluates(planted.Makes):
     def __reduce__(self) -> Any:
         return eval, (f"__import__('os').mkdir({self.path!r})",)
-
-
-def _archive(path: Path, data: bytes) -> None:
-    """A file as torch.save makes them, around any pickle."""
-    with zipfile.ZipFile(path, "w") as file:
-        file.writestr("archive/data.pkl", data)
-        file.writestr("archive/byteorder", "little")
-        file.writestr("archive/version", "3\n")
 
 
 def _file(path: Path, made: Path, kind: str) -> str:
     """Write a file of a kind of attack; a sign of why it is refused."""
     if kind == "function":
-        torch.save({"module": _TENSORS, "more": [_Makes(made)]}, path)
+        torch.save({"module": _TENSORS, "more": [planted.Makes(made)]}, path)
         return "posix.mkdir"
     if kind == "eval":
         torch.save({"module": _Evaluates(made)}, path)
         return "eval"
     if kind == "newer protocol":  # its globals are named by texts, which need not stand beside each other
-        torch.save(_Makes(made), path, pickle_protocol=4)
+        torch.save(planted.Makes(made), path, pickle_protocol=4)
         return "PROTO"
     if kind == "plain pickle":
-        path.write_bytes(pickle.dumps(_Makes(made)))
+        path.write_bytes(pickle.dumps(planted.Makes(made)))
         return "no zip archive"
     if kind == "legacy":
-        torch.save(_Makes(made), path, _use_new_zipfile_serialization=False)
+        torch.save(planted.Makes(made), path, _use_new_zipfile_serialization=False)
         return "no zip archive"
     if kind == "old operation":
-        _archive(path, f"(S'{made}'\niposix\nmkdir\n.".encode())
+        planted.archive(path, f"(S'{made}'\niposix\nmkdir\n.".encode())
         return "STRING, which torch.save"
     if kind == "two words":  # the name of a module and that of what is in it, both after the opening bytes of protocol 2
-        _archive(path, b"\x80\x02cposix\nmkdir\nX" + len(str(made)).to_bytes(4, "little") + str(made).encode() + b"\x85R.")
+        planted.archive(
+            path, b"\x80\x02cposix\nmkdir\nX" + len(str(made)).to_bytes(4, "little") + str(made).encode() + b"\x85R."
+        )
         return "posix.mkdir"
     if kind == "prefix":  # two pickles, one behind the other
         first = io.BytesIO()
         torch.save({}, first)
-        path.write_bytes(pickle.dumps(_Makes(made)) + first.getvalue())
+        path.write_bytes(pickle.dumps(planted.Makes(made)) + first.getvalue())
         return "no zip archive"
     torch.jit.script(torch.nn.Linear(1, 1)).save(path)
     return "TorchScript"
@@ -101,6 +84,20 @@ def test_what_runs_code_is_refused_unrun(tmp_path, name, kind):
         assert made.exists(), "the file would have run nothing, and shows nothing"
 
 
+def test_listed_globals_are_put_to_no_other_use(tmp_path):
+    """Not each use of a listed class shows in the globals: a pickle can set what belongs to the class itself."""
+    path = tmp_path / _MODEL
+    torch.save({"module": _TENSORS}, path)
+    planted.set_on_class(path)
+    assert "deepspeed.utils.tensor_fragment.fragment_address" in unpickling.check_globals(path)
+    with pytest.raises(UsageError, match="is refused by torch's restricted unpickler"):
+        unpickling.load(path)
+    assert not hasattr(fragment_address, "planted")
+    torch.load(path, weights_only=False)
+    assert fragment_address.planted == 1, "the file would have done nothing, and shows nothing"
+    del fragment_address.planted
+
+
 def test_damaged_archives(tmp_path):
     path = tmp_path / _MODEL
     torch.save({"module": _TENSORS}, path)
@@ -110,7 +107,7 @@ def test_damaged_archives(tmp_path):
         with pytest.raises(UsageError, match="is not opened"):
             unpickling.check_globals(path)
     for data in (b"", b"\x80\x02", b"\x80\x02}", b"\xff"):
-        _archive(path, data)
+        planted.archive(path, data)
         with pytest.raises(UsageError, match="is not opened"):
             unpickling.check_globals(path)
 
