@@ -7,6 +7,7 @@ how the tensor axis divides them.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -78,6 +79,22 @@ class Model:
             if number is not None:
                 return next(pipe for pipe, stage in enumerate(self.stages) if number in stage), f"{number}.{rest}"
         raise KeyError(name)
+
+    def universal_checkpoint_info(self) -> dict[str, Any]:
+        """What DeepSpeed's ds_to_universal wants to be told of how the tensor axis divides parameters (version 0.4 of it).
+
+        Without it that tool joins shards along wrong dims, in silence.
+        """
+        divided = {self.place_of(name)[1]: parameter.dim for name, parameter in self.parameters.items()}
+
+        def patterns(dim: int | None) -> list[str]:
+            return [f"{re.escape(name)}$" for name, of_name in divided.items() if of_name == dim]
+
+        return {
+            "universal_checkpoint_version": 0.4,
+            "tp_replicated_parameter_patterns": patterns(None),
+            "parameter_with_row_parallelism_patterns": patterns(1),  # all others are joined along dim 0
+        }
 
     def to_json(self) -> dict[str, Any]:
         """As values that JSON knows."""

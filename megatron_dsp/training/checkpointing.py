@@ -70,13 +70,13 @@ def save(engine: Any, folder: Path, progress: Progress, mesh: Mesh, ema: EMA | N
     try:
         _together(what, lambda: store.begin(folder, tag) if first else None)
         _together(what, lambda: _sizes(path, [""]))  # of the folder itself, to see that it is the same on all hosts
-        files = _Files(engine.checkpoint_engine, path)
-        contents = _write(engine, files, progress, mesh, ema)
+        files, model = _Files(engine.checkpoint_engine, path), model_of(engine, mesh)
+        contents = _write(engine, files, progress, mesh, model, ema)
         names = {name for of_rank in _together(what, files.finish) for name in of_rank}
         sizes = _together(what, lambda: _sizes(path, names) if first else {})[0]
         hashes = _together(what, lambda: _hashes(path, _own(sizes)))
         stored = {name: Stored(sizes[name], digest) for of_rank in hashes for name, digest in of_rank.items()}
-        record = _manifest(engine, mesh, progress, contents, stored, model_of(engine, mesh))
+        record = _manifest(engine, mesh, progress, contents, stored, model)
         _together(what, lambda: store.publish(folder, tag, record, keep) if first else None)
     except UsageError:
         if first:
@@ -272,7 +272,7 @@ def _plugged(engine: Any, files: _Files) -> Iterator[None]:
         del engine._copy_recovery_script
 
 
-def _write(engine: Any, files: _Files, progress: Progress, mesh: Mesh, ema: EMA | None) -> list[str]:
+def _write(engine: Any, files: _Files, progress: Progress, mesh: Mesh, model: Model, ema: EMA | None) -> list[str]:
     """Write this rank's files; the contents beside DeepSpeed's."""
     metadata = {"iteration": str(progress.iteration), **{axis: str(mesh.size(axis)) for axis in AXES}}
     contents = ["random numbers"]
@@ -290,13 +290,27 @@ def _write(engine: Any, files: _Files, progress: Progress, mesh: Mesh, ema: EMA 
         with files.writing(path):
             weights.save(path, weights.tensors(), metadata)
         contents.append("weights")
-    with _plugged(engine, files):
+    with _plugged(engine, files), _told(engine.module, model):
         engine.save_checkpoint(str(files.folder.parent), tag=files.folder.name, save_latest=False)
     for path in files.folder.glob("offloaded_tensors/**/*"):  # of NVMe offload, which DeepSpeed copies there
         if path.is_file():
             with files.writing(path):
                 sync(path)
     return contents
+
+
+@contextmanager
+def _told(module: nn.Module, model: Model) -> Iterator[None]:
+    """A module that has what DeepSpeed writes into checkpoints for ds_to_universal, its own if it has one."""
+    name = "universal_checkpoint_info"
+    if hasattr(module, name):
+        yield
+        return
+    setattr(module, name, model.universal_checkpoint_info())
+    try:
+        yield
+    finally:
+        delattr(module, name)
 
 
 def _sizes(folder: Path, names: Iterable[str]) -> dict[str, int]:
