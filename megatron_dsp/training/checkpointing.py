@@ -64,22 +64,22 @@ def save(engine: Any, folder: Path, progress: Progress, mesh: Mesh, ema: EMA | N
     refuse_other_writers(engine)
     if keep is not None and keep < 1:
         raise UsageError(f"keep={keep}: at least the checkpoint that is saved stays; give 1 or more, or None for all")
-    tag, first = f"global_step{progress.iteration}", dist.get_rank() == 0
+    tag = f"global_step{progress.iteration}"
     path = folder / store.saving(tag)
     what = f"--save {folder}: {tag} is not saved, and the checkpoint before it stays the latest"
     try:
-        _together(what, lambda: store.begin(folder, tag) if first else None)
+        _on_rank_0(what, lambda: store.begin(folder, tag))
         _together(what, lambda: _sizes(path, [""]))  # of the folder itself, to see that it is the same on all hosts
         files, model = _Files(engine.checkpoint_engine, path), model_of(engine, mesh)
         contents = _write(engine, files, progress, mesh, model, ema)
         names = {name for of_rank in _together(what, files.finish) for name in of_rank}
-        sizes = _together(what, lambda: _sizes(path, names) if first else {})[0]
+        sizes = _on_rank_0(what, lambda: _sizes(path, names))
         hashes = _together(what, lambda: _hashes(path, _own(sizes)))
         stored = {name: Stored(sizes[name], digest) for of_rank in hashes for name, digest in of_rank.items()}
         record = _manifest(engine, mesh, progress, contents, stored, model)
-        _together(what, lambda: store.publish(folder, tag, record, keep) if first else None)
+        _on_rank_0(what, lambda: store.publish(folder, tag, record, keep))
     except UsageError:
-        if first:
+        if dist.get_rank() == 0:
             with suppress(OSError):  # what stays there misleads nobody, and the next save removes it
                 store.abandon(folder, tag)
         raise
@@ -371,8 +371,7 @@ def _newest_good(folder: Path, wanted: Callable[[str], bool] = lambda name: True
 
     Rank 0 looks, and the ranks hash the files whose names are ``wanted`` together. Errors: UsageError where none is good.
     """
-    what, first = f"--load {folder}", dist.get_rank() == 0
-    records = {}
+    what, records = f"--load {folder}", {}
 
     def look(path: Path) -> tuple[Manifest | None, list[str]]:
         try:
@@ -382,7 +381,7 @@ def _newest_good(folder: Path, wanted: Callable[[str], bool] = lambda name: True
         return record, list(manifest.check_sizes(path, record).values())
 
     def check(path: Path) -> list[str]:
-        record, problems = _together(what, lambda: look(path) if first else (None, []))[0]
+        record, problems = _on_rank_0(what, lambda: look(path))
         if record is None or problems:
             return problems
         records[path] = record
@@ -390,30 +389,43 @@ def _newest_good(folder: Path, wanted: Callable[[str], bool] = lambda name: True
         of_ranks = _together(what, lambda: manifest.check_hashes(path, record, names))
         return [problem for of_rank in of_ranks for problem in of_rank]
 
-    found = _together(what, lambda: store.candidates(folder) if first else ([], []))[0]
+    found = _on_rank_0(what, lambda: store.candidates(folder))
     path, known = store.newest_good(folder, found, check)
-    if known and first:
+    if known and dist.get_rank() == 0:
         logger.warning("%s: %s; taking %s", what, "; ".join(known), path.name)
     return path, records[path]
 
 
 def _together(what: str, part: Callable[[], _T]) -> list[_T]:
     """What ``part`` returns on each rank; where it fails on one, the same UsageError on all. Collective over all ranks."""
-    answer, failure = None, None
-    try:
-        answer = part()
-    except RankError as error:
-        failure = f"{what}: rank {dist.get_rank()}: {error}"
-    except UsageError as error:
-        failure = str(error)
-    except OSError as error:
-        failure = f"{what}: rank {dist.get_rank()}: {_reason(error)}"
-    answers: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(answers, (answer, failure))
-    for _, failure in answers:
+    outcomes: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(outcomes, _outcome(what, part))
+    for _, failure in outcomes:
         if failure is not None:
             raise UsageError(failure)
-    return [answer for answer, _ in answers]
+    return [answer for answer, _ in outcomes]
+
+
+def _on_rank_0(what: str, part: Callable[[], _T]) -> _T:
+    """What ``part`` returns on rank 0, where alone it runs; its errors come to all. Collective over all ranks."""
+    outcome: list[Any] = [_outcome(what, part) if dist.get_rank() == 0 else None]
+    dist.broadcast_object_list(outcome, src=0)
+    answer, failure = outcome[0]
+    if failure is not None:
+        raise UsageError(failure)
+    return answer
+
+
+def _outcome(what: str, part: Callable[[], _T]) -> tuple[_T | None, str | None]:
+    """What ``part`` returns, or what there is to say of its failure."""
+    try:
+        return part(), None
+    except RankError as error:
+        return None, f"{what}: rank {dist.get_rank()}: {error}"
+    except UsageError as error:
+        return None, str(error)
+    except OSError as error:
+        return None, f"{what}: rank {dist.get_rank()}: {_reason(error)}"
 
 
 def _reason(error: OSError) -> str:
