@@ -1,22 +1,29 @@
-"""Console command ``megatron-dsp``: what is installed here, and how a mesh lies on its ranks. Starts no ranks."""
+"""Console command ``megatron-dsp``: what is installed here, how a mesh lies on its ranks, checkpoints. Starts no ranks."""
 
 from __future__ import annotations
 
 import argparse
 import importlib.metadata
+import logging
 import platform
 import re
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 from rich.table import Table
 from rich.text import Text
 
+from megatron_dsp.checkpoint.convert import convert, read_table, size_of
+from megatron_dsp.checkpoint.formats import FORMATS
+from megatron_dsp.checkpoint.formats.source import Target
 from megatron_dsp.errors import UsageError
 from megatron_dsp.mesh import AXES, RankGrid
 from megatron_dsp.training.optimizer import apex_extensions
@@ -33,7 +40,7 @@ _MPI_OF_MPIRUN = {"Open MPI": "Open MPI", "Intel(R) MPI": "Intel MPI", "HYDRA": 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; return its exit status."""
     parser = argparse.ArgumentParser(
-        prog="megatron-dsp", description="Dynamic Sequence Parallelism: a look at this installation"
+        prog="megatron-dsp", description="Dynamic Sequence Parallelism: this installation, meshes and checkpoints"
     )
     parser.add_argument("--version", action="version", version=f"megatron-dsp {_version('megatron-dsp') or 'not installed'}")
     commands = parser.add_subparsers(dest="command", required=True)
@@ -43,14 +50,67 @@ def main(arguments: Sequence[str] | None = None) -> int:
     mesh.add_argument("--tensor-model-parallel-size", type=int, default=1)
     mesh.add_argument("--pipeline-model-parallel-size", type=int, default=1)
     mesh.add_argument("--dynamic-sequence-parallel-size", type=int, default=1)
+    _add_convert(commands.add_parser("convert", help="a checkpoint to another format or other degrees (docs/converting.md)"))
     given = parser.parse_args(arguments)
+    logging.basicConfig(format="%(message)s")
     try:
+        if given.command == "convert":
+            print(_convert(given))
+            return 0
         for table in _environment() if given.command == "env" else _mesh(given):
             Console().print(table)
     except UsageError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0
+
+
+def _add_convert(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--load-dir", type=Path, required=True, help="folder of a checkpoint, or of several")
+    add("--load-iteration", type=int, help="which of several; default: the newest good one")
+    add("--save-dir", type=Path, required=True, help="folder to write, new or empty")
+    add("--loader", default="auto", help=f"format of --load-dir: auto, {', '.join(FORMATS)}; default: auto, by names of files")
+    add("--saver", required=True, help=f"format of --save-dir: {', '.join(FORMATS)}")
+    add("--target-tensor-parallel-size", type=int, default=1)
+    add("--target-pipeline-parallel-size", type=int, default=1)
+    add("--target-data-parallel-size", type=int, default=1, help="data x sequence, over which ZeRO divides")
+    add("--target-zero-stage", type=int, default=1, help="default: 1")
+    add("--dtype", default="fp32", help="of the weights: fp32, bf16 or fp16; the optimizer's tensors stay fp32")
+    add("--max-shard-size", default="5GB", help="of a file of safetensors; default: 5GB")
+    add("--sharding-table", type=Path, help="JSON file: how the tensor axis divides a model, and a pipeline's layers")
+
+
+def _convert(given: argparse.Namespace) -> str:
+    """Convert a checkpoint; the line that says what was converted."""
+    target = Target(
+        tensor=given.target_tensor_parallel_size,
+        pipe=given.target_pipeline_parallel_size,
+        data=given.target_data_parallel_size,
+        zero_stage=given.target_zero_stage,
+        dtype=given.dtype,
+        max_shard_size=size_of(given.max_shard_size),
+    )
+    table = None if given.sharding_table is None else read_table(given.sharding_table)
+    started = time.monotonic()
+    columns = TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn()
+    with Progress(*columns, console=Console(stderr=True)) as bar:
+        task = bar.add_task("converting", total=None)
+        done = convert(
+            given.load_dir,
+            given.save_dir,
+            saver=given.saver,
+            target=target,
+            loader=given.loader,
+            iteration=given.load_iteration,
+            table=table,
+            progress=lambda done, total: bar.update(task, completed=done, total=total),
+        )
+    seconds = time.monotonic() - started
+    return (
+        f"{done.tensors:,} tensors, {done.bytes:,} bytes in fp32, from {done.loader} to {given.saver} in {seconds:.1f} s: "
+        f"{given.save_dir}"
+    )
 
 
 def _environment() -> list[Table]:

@@ -24,6 +24,7 @@ class Training:
         skipped_steps: iterations in which fp16 overflowed.
         step: the optimizer's own count, for its bias correction.
         lr: the learning rate.
+        options: the optimizer's other ones (betas, eps, weight decay), where a format keeps them.
         schedule: the state of the learning rate's schedule, if there is one.
         loss_scale: fp16's; None without.
     """
@@ -35,6 +36,7 @@ class Training:
     lr: float | None = None
     schedule: Mapping[str, Any] | None = None
     loss_scale: Mapping[str, Any] | None = field(default=None)
+    options: Mapping[str, Any] | None = None
 
 
 class State(Protocol):

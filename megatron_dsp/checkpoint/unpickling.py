@@ -8,13 +8,15 @@ unpickler (``weights_only``), which calls nothing else either.
 from __future__ import annotations
 
 import importlib
+import io
 import pickle
 import pickletools
 import re
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
+from torch import Tensor
 
 from megatron_dsp.errors import RankError
 
@@ -37,6 +39,14 @@ _ALLOWED = {  # by the names of DeepSpeed's files
         "deepspeed.runtime.zero.config.ZeroStageEnum",
         _FRAGMENT,
     },
+    r"(fp32|exp_avg|exp_avg_sq|momentum_buffer|step|optimizer_state)\.pt": _TENSORS  # of universal checkpoints
+    | {
+        "torch.Size",
+        "torch.float16",
+        "deepspeed.runtime.fp16.loss_scaler.LossScaler",
+        "deepspeed.runtime.fp16.loss_scaler.DynamicLossScaler",
+        "deepspeed.runtime.zero.config.ZeroStageEnum",
+    },
 }
 # Those that torch.save writes (protocol 2). GLOBAL is the only one to reach a global, and has its name spelled out.
 _OPERATIONS = {
@@ -58,21 +68,43 @@ def check_globals(path: Path) -> set[str]:
         raise RankError(f"{path} is not opened: none of DeepSpeed's checkpoint files has such a name; remove it")
     try:
         with path.open("rb") as file:
-            if file.read(4) != b"PK\x03\x04":
-                raise ValueError("it is no zip archive, and may be a plain pickle")
-        archive = torch._C.PyTorchFileReader(str(path))
-        if "constants.pkl" in archive.get_all_records():
+            return _check(file, str(path), str(path), allowed)
+    except OSError as error:
+        raise RankError(f"{path} is not opened: {error}; use another checkpoint") from error
+
+
+def load_tensor(data: io.BytesIO, what: str) -> Tensor:
+    """The tensor that is all of a file of torch.save, or of a part of one that is in memory; ``what``: its name for errors.
+
+    Errors: as `check_globals`.
+    """
+    _check(data, data, what, _TENSORS)
+    data.seek(0)
+    try:
+        return torch.load(data, weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise RankError(f"{what} is refused by torch's restricted unpickler; use a checkpoint that you trust") from error
+
+
+def _check(file: IO[bytes], archive: Any, what: str, allowed: set[str]) -> set[str]:
+    """The globals of a file, all of them ``allowed``; ``archive``: what torch opens it by. Errors: RankError."""
+    try:
+        if file.read(4) != b"PK\x03\x04":
+            raise ValueError("it is no zip archive, and may be a plain pickle")
+        file.seek(0)
+        reader = torch._C.PyTorchFileReader(archive)
+        if "constants.pkl" in reader.get_all_records():
             raise ValueError("it is a TorchScript archive")
-        wanted = _globals(archive.get_record("data.pkl"))
-    except (OSError, RuntimeError, ValueError) as error:
+        wanted = _globals(reader.get_record("data.pkl"))
+    except (RuntimeError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise RankError(
-            f"{path} is not opened: {reason}; what torch.save writes is expected, use another checkpoint"
+            f"{what} is not opened: {reason}; what torch.save writes is expected, use another checkpoint"
         ) from error
     if wanted - allowed:
         raise RankError(
-            f"{path} is not opened: it wants {', '.join(sorted(wanted - allowed))}, which may run anything, and which "
-            "DeepSpeed's files of this kind do not have; use a checkpoint that you trust"
+            f"{what} is not opened: it wants {', '.join(sorted(wanted - allowed))}, which may run anything, and which "
+            "torch's and DeepSpeed's files of this kind do not have; use a checkpoint that you trust"
         )
     return wanted
 

@@ -35,6 +35,12 @@ _NAMES = {
 }
 
 
+def bytes_of(tensor: Tensor) -> memoryview:
+    """The bytes of a tensor's elements, in order; of a tensor on the CPU, which is copied only where it is not contiguous."""
+    flat = tensor.contiguous().as_strided((tensor.numel(),), (1,))  # a view would keep any stride of a single element
+    return flat.view(torch.uint8).numpy().data
+
+
 @contextmanager
 def create(
     path: Path, tensors: Mapping[str, tuple[torch.dtype, Sequence[int]]], metadata: Mapping[str, str]
@@ -61,7 +67,7 @@ def create(
                 raise ValueError(
                     f"{path}: {name} was announced as {dtype} {list(shape)}, not {tensor.dtype} {list(tensor.shape)}"
                 )
-            file.write(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+            file.write(bytes_of(tensor.detach().cpu()))
 
         yield append
         missing = [name for name, _ in left]

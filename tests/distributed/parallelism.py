@@ -10,7 +10,7 @@ import gc
 import itertools
 import math
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -184,10 +184,12 @@ def ds_config(cell: Cell, optimizer: str) -> dict[str, Any]:
     }
 
 
-def make(cell: Cell, name: str, **more: Any) -> tuple[Any, dsp.Mesh]:
-    """An engine with an optimizer of this name. ``more``: arguments of ``dsp.deepspeed_initialize``, functions of the model."""
+def make(cell: Cell, name: str, settings: Mapping[str, Any] | None = None, **more: Any) -> tuple[Any, dsp.Mesh]:
+    """An engine with an optimizer of this name. ``settings``: more of the ds_config. ``more``: arguments of
+    ``dsp.deepspeed_initialize``, functions of the model.
+    """
     warnings.filterwarnings("ignore", category=FutureWarning)  # DeepSpeed calls collectives by their old names
-    config = ds_config(cell, name)
+    config = {**ds_config(cell, name), **(settings or {})}
     mesh = dsp.initialize(config)
     group = mesh.group("sequence")
     torch.manual_seed(0)
