@@ -389,7 +389,7 @@ def _compare(names: list[str]) -> dict[str, dict[str, int]]:
     return calls
 
 
-@pytest.fixture(scope="module", params=[2, 3, 4])
+@pytest.fixture(scope="module", params=[2, 3, pytest.param(4, marks=pytest.mark.long)])
 def compared(ranks, request) -> dict[str, dict[str, int]]:
     return ranks(request.param, _compare, list(CASES))[0]
 

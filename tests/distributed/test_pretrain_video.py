@@ -68,11 +68,12 @@ def test_switches_through_mpi_give_the_same_losses(small, alone, tmp_path):
 @pytest.mark.parametrize(
     "degrees",
     [
-        pytest.param(["--tensor-model-parallel-size", 2, "--dynamic-sequence-parallel-size", 2], marks=pytest.mark.long),
+        ["--tensor-model-parallel-size", 2, "--dynamic-sequence-parallel-size", 2],
         ["--pipeline-model-parallel-size", 2, "--dynamic-sequence-parallel-size", 2, "--recompute-granularity", "full"],
     ],
     ids=["tensor", "pipe"],
 )
+@pytest.mark.long
 def test_all_axes_give_the_same_losses(small, alone, degrees):
     arguments = [*small, "--train-iters", 20, "--micro-batch-size", 2, "--eval-iters", 1, *degrees]
     status, output = jobs.run("torchrun", 4, SCRIPT, *arguments)
