@@ -13,7 +13,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.10",
     packages=find_packages(include=["megatron_dsp", "megatron_dsp.*"]),
-    package_data={"megatron_dsp": ["py.typed"]},
+    package_data={"megatron_dsp": ["py.typed", "checkpoint/name_maps/*.json"]},
     entry_points={"console_scripts": ["megatron-dsp = megatron_dsp.cli:main"]},
     install_requires=[
         # Before 2.8 torch kept Python's lock while it destroyed Gloo's groups: now and then a job hung as it ended.

@@ -21,9 +21,11 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 from rich.table import Table
 from rich.text import Text
 
+from megatron_dsp.checkpoint import inspect_command
 from megatron_dsp.checkpoint.convert import convert, read_table, size_of
 from megatron_dsp.checkpoint.formats import FORMATS
 from megatron_dsp.checkpoint.formats.source import Target
+from megatron_dsp.checkpoint.name_map import SHIPPED, read_name_map
 from megatron_dsp.errors import UsageError
 from megatron_dsp.mesh import AXES, RankGrid
 from megatron_dsp.training.optimizer import apex_extensions
@@ -51,12 +53,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     mesh.add_argument("--pipeline-model-parallel-size", type=int, default=1)
     mesh.add_argument("--dynamic-sequence-parallel-size", type=int, default=1)
     _add_convert(commands.add_parser("convert", help="a checkpoint to another format or other degrees (docs/converting.md)"))
+    inspect_command.add_arguments(commands.add_parser("inspect", help="what a checkpoint holds, and how two differ"))
     given = parser.parse_args(arguments)
     logging.basicConfig(format="%(message)s")
     try:
         if given.command == "convert":
             print(_convert(given))
             return 0
+        if given.command == "inspect":
+            return inspect_command.run(given)
         for table in _environment() if given.command == "env" else _mesh(given):
             Console().print(table)
     except UsageError as error:
@@ -78,6 +83,7 @@ def _add_convert(parser: argparse.ArgumentParser) -> None:
     add("--target-zero-stage", type=int, default=1, help="default: 1")
     add("--dtype", default="fp32", help="of the weights: fp32, bf16 or fp16; the optimizer's tensors stay fp32")
     add("--max-shard-size", default="5GB", help="of a file of safetensors; default: 5GB")
+    add("--name-map", help=f"the source is of another model: {', '.join(SHIPPED)}, or a JSON file; weights alone are taken")
     add("--sharding-table", type=Path, help="JSON file: how the tensor axis divides a model, and a pipeline's layers")
 
 
@@ -104,9 +110,12 @@ def _convert(given: argparse.Namespace) -> str:
             loader=given.loader,
             iteration=given.load_iteration,
             table=table,
+            name_map=None if given.name_map is None else read_name_map(given.name_map),
             progress=lambda done, total: bar.update(task, completed=done, total=total),
         )
     seconds = time.monotonic() - started
+    for note in done.notes:
+        print(f"note: {note}", file=sys.stderr)
     return (
         f"{done.tensors:,} tensors, {done.bytes:,} bytes in fp32, from {done.loader} to {given.saver} in {seconds:.1f} s: "
         f"{given.save_dir}"

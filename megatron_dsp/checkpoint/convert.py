@@ -20,9 +20,11 @@ from torch import Tensor
 from megatron_dsp.checkpoint.disk import sync
 from megatron_dsp.checkpoint.formats import FORMATS
 from megatron_dsp.checkpoint.formats.source import DTYPES, Source, Target
+from megatron_dsp.checkpoint.name_map import NameMap, renamed
 from megatron_dsp.checkpoint.parameters import divided_as
 from megatron_dsp.errors import UsageError
 
+IMPORTED = "imported.json"
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 _FLAGS = {  # of what a `Target` has
     "tensor": "--target-tensor-parallel-size",
@@ -49,11 +51,12 @@ class ShardingTable:
 
 @dataclass(frozen=True)
 class Summary:
-    """What was converted: the format that it was in, tensors of parameters, and their bytes in fp32."""
+    """What was converted: the format that it was in, tensors of parameters, their bytes in fp32, and what to know of them."""
 
     loader: str
     tensors: int
     bytes: int
+    notes: Sequence[str]
 
 
 def convert(
@@ -65,12 +68,14 @@ def convert(
     loader: str = "auto",
     iteration: int | None = None,
     table: ShardingTable | None = None,
+    name_map: NameMap | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Summary:
     """Write the checkpoint in ``load_dir`` into ``save_dir``, which is new or empty, in the format ``saver``.
 
-    ``iteration``: which one in a folder of several; None: the newest good one. ``progress`` is told the bytes that were read
-    and those that there are, after each tensor.
+    ``iteration``: which one in a folder of several; None: the newest good one. ``name_map``: the source has the weights of
+    another model, which become ours; the notes on that are in the file ``imported.json`` too. ``progress`` is told the bytes
+    that were read and those that there are, after each tensor.
 
     Errors: UsageError for unknown formats, folders in one another, a damaged source, a target that cannot be, and where the
     disk is full.
@@ -87,6 +92,9 @@ def convert(
     if not FORMATS[loader].recognises(folder):
         raise UsageError(f"--loader {loader}: {folder} has no files with names of that format; give another, or auto")
     source = FORMATS[loader].load(folder)
+    notes: list[str] = []
+    if name_map is not None:
+        source, notes = renamed(source, name_map)
     if table is not None:
         source = _described(source, table)
     sizes = {name: 4 * math.prod(parameter.shape) for name, parameter in source.parameters.items()}
@@ -106,6 +114,9 @@ def convert(
         shutil.rmtree(hidden)
     hidden.mkdir()
     try:
+        if name_map is not None:
+            imported = {"name_map": name_map.name, "about": name_map.about, "notes": notes}
+            (hidden / IMPORTED).write_text(json.dumps(imported, indent=1))
         FORMATS[saver].save(replace(source, read=read), hidden, target)
         for below in [hidden, *(path for path in hidden.rglob("*") if path.is_dir())]:
             sync(below)
@@ -116,7 +127,7 @@ def convert(
             raise UsageError(f"--save-dir {save_dir}: nothing is written there ({error}); see that it can be") from error
         raise
     sync(save_dir.parent)
-    return Summary(loader, len(sizes) * len(source.kinds), total)
+    return Summary(loader, len(sizes) * len(source.kinds), total, notes)
 
 
 def read_table(path: Path) -> ShardingTable:

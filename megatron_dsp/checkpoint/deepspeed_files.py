@@ -198,7 +198,7 @@ class _Place:
             consumed_samples=progress["consumed_samples"],
             skipped_steps=self._model["skipped_steps"],
             step=int(step),
-            lr=float(groups[0]["lr"]),
+            lr=None if groups[0].get("lr") is None else float(groups[0]["lr"]),  # weights alone have none
             schedule=self._model["lr_scheduler"],
             loss_scale=_loss_scale(self._wrapper),
         )
