@@ -114,7 +114,8 @@ UNIVERSAL = [
 ]
 
 
-@pytest.mark.parametrize(("source", "target"), _marked(UNIVERSAL), ids=str)
+@pytest.mark.long
+@pytest.mark.parametrize(("source", "target"), UNIVERSAL, ids=str)
 def test_deepspeed_loads_universal_checkpoints(ranks, tmp_path, source, target):
     expected = ranks(source.ranks, _save, source, tmp_path / "saved")[0]
     new = tmp_path / "universal"
