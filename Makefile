@@ -1,6 +1,6 @@
 # make pretrain   train a video transformer over two ranks (installs what it needs in .venv); ARGS="--train-iters 50" adds flags
 # make test       the test suite; make test-long: what takes many minutes more
-# make test-checkpoints   all tests of checkpoints: kills, damage, ranks that cannot write
+# make test-checkpoints   all tests of checkpoints: kills, damage, other degrees, conversions; takes 24 GiB of disk for a while
 # make test-mpich what runs under mpirun, under MPICH's (`make test` uses the site's MPI or Open MPI)
 # make test-models   the plans of examples/models, put on models of other packages, which it installs in .venv-models
 # make test-oldest   the core of the suite with the lowest versions of setup.py's ranges; downloads several GB once
