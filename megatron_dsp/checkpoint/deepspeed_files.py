@@ -201,6 +201,7 @@ class _Place:
             lr=None if groups[0].get("lr") is None else float(groups[0]["lr"]),  # weights alone have none
             schedule=self._model["lr_scheduler"],
             loss_scale=_loss_scale(self._wrapper),
+            options={name: value for name, value in groups[0].items() if name not in ("params", "lr", "step")},
         )
 
     @property

@@ -152,9 +152,14 @@ def load(
 
 
 def _reads_its_own(engine: Any, mesh: Mesh, record: Manifest) -> bool:
-    """Whether DeepSpeed itself can load the checkpoint: what it saved at these degrees, but not all of that."""
+    """Whether DeepSpeed itself can load the checkpoint: what it saved at these degrees, but not all of that.
+
+    It goes by the order of parameters in the optimizer, not by names. Collective over the pipe axis.
+    """
+    own = model_of(engine, mesh)
+    alike = record.layout == _layout(engine, mesh) and record.precision == _precision(engine)
     bf16_pipeline = engine.bfloat16_enabled() and mesh.size("pipe") > 1 and engine.zero_optimization_stage() == 0
-    return record.layout == _layout(engine, mesh) and record.precision == _precision(engine) and not bf16_pipeline
+    return alike and not bf16_pipeline and (record.model.stages, record.model.order) == (own.stages, own.order)
 
 
 def _random_file_for(mesh: Mesh, record: Manifest, folder: Path) -> str | None:

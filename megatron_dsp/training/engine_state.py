@@ -107,6 +107,8 @@ def put(engine: Any, mesh: Mesh, state: DeepSpeedState, *, optimizer: bool = Tru
 def _put_optimizer(engine: Any, weights: MasterWeights, state: DeepSpeedState, fragments: Callable[[str], Fragments]) -> None:
     """Its tensors, of the shapes of the weights, and its count of steps."""
     states, memory, step = engine.basic_optimizer.state, weights.memory(), state.training.step
+    if state.training.lr is None:
+        raise UsageError("the checkpoint has weights and no optimizer; start that anew with --no-load-optim")
     kinds = [kind for kind in state.kinds if kind not in (WEIGHT, AVERAGE)]
     for key in memory:
         there = [kind for kind, value in states[key].items() if isinstance(value, Tensor) and kind != "step"]

@@ -31,11 +31,11 @@ SAVED = 2  # after so many of the steps
 LIMIT = 1e-6
 
 
-def _engine(cell: Cell) -> tuple[Any, dsp.Mesh]:
-    """AdamW with two groups and a schedule, so that their order and the learning rate matter."""
+def _engine(cell: Cell, turned: bool = False) -> tuple[Any, dsp.Mesh]:
+    """AdamW with two groups and a schedule, so that order and learning rate matter; ``turned``: in the other order."""
 
     def optimizer(model: torch.nn.Module) -> torch.optim.Optimizer:
-        parameters = list(model.parameters())
+        parameters = list(model.parameters())[:: -1 if turned else 1]
         groups = [[p for p in parameters if p.dim() > 1], [p for p in parameters if p.dim() <= 1]]
         made.append(torch.optim.AdamW([{"params": groups[0]}, {"params": groups[1], "weight_decay": 0.0}], lr=LR["AdamW"]))
         return made[0]
@@ -65,12 +65,12 @@ def _save(cell: Cell, folder: Path, ema: bool = False) -> list[float]:
     return losses
 
 
-def _resume(cell: Cell, folder: Path, copy: Path, stepped: bool = False, **kept: bool) -> list[float]:
+def _resume(cell: Cell, folder: Path, copy: Path, stepped: bool = False, turned: bool = False, **kept: bool) -> list[float]:
     """The losses of a run that goes on from a checkpoint, which it saves again first.
 
-    ``stepped``: its optimizer has state already.
+    ``stepped``: its optimizer has state already. ``turned``: and its parameters in another order.
     """
-    engine, mesh = _engine(cell)
+    engine, mesh = _engine(cell, turned)
     average = EMA(engine, mesh, 0.5) if kept.pop("ema", False) else None
     if stepped:
         train(engine, mesh, [7])
@@ -125,6 +125,14 @@ def test_losses_go_on_and_what_is_saved_again_is_the_same(ranks, tmp_path, sourc
     expected = ranks(cell.ranks, _save, cell, tmp_path)[0]
     losses = ranks(other.ranks, _resume, other, tmp_path, copy, stepped=other.zero % 2 == 0)[0]
     _assert_equal(_state(copy), _state(tmp_path))
+    assert losses == pytest.approx(expected, rel=LIMIT)
+
+
+@pytest.mark.parametrize("cell", [Cell(data=2, zero=1), pytest.param(Cell(), marks=pytest.mark.long)], ids=str)
+def test_another_order_of_parameters_at_the_same_degrees(ranks, tmp_path, cell):
+    expected = ranks(cell.ranks, _save, cell, tmp_path)[0]
+    losses = ranks(cell.ranks, _resume, cell, tmp_path, tmp_path / "copy", turned=True)[0]
+    _assert_equal(_state(tmp_path / "copy"), _state(tmp_path))
     assert losses == pytest.approx(expected, rel=LIMIT)
 
 

@@ -65,7 +65,19 @@ CALLS = {
     "unparallelize": (1, []),
     "verify": (2, ["plan", "mesh"]),
 }
-TARGETS = ["setup", "pretrain", "test", "test-long", "test-checkpoints", "test-mpich", "test-models", "test-oldest", "test-matrix", "lint", "gpu-check"]
+TARGETS = [
+    "setup",
+    "pretrain",
+    "test",
+    "test-long",
+    "test-checkpoints",
+    "test-mpich",
+    "test-models",
+    "test-oldest",
+    "test-matrix",
+    "lint",
+    "gpu-check",
+]
 
 
 def test_the_package_has_these_names_and_no_others():
