@@ -79,11 +79,6 @@ def _target(cell: Cell) -> Target:
     return Target(cell.tensor, cell.pipe, cell.data * cell.sequence, cell.zero, cell.precision)
 
 
-def _marked(cells: list[tuple[Cell, Cell]]) -> list[Any]:
-    """The first of them alone in `make test`."""
-    return [cells[0], *(pytest.param(*pair, marks=pytest.mark.long) for pair in cells[1:])]
-
-
 CELLS = [
     (Cell(pipe=2, zero=1), Cell(data=2, zero=1)),
     (Cell(data=2, zero=1), Cell(sequence=3, zero=3)),
@@ -96,7 +91,8 @@ CELLS = [
 ]
 
 
-@pytest.mark.parametrize(("source", "target"), _marked(CELLS), ids=str)
+@pytest.mark.long
+@pytest.mark.parametrize(("source", "target"), CELLS, ids=str)
 def test_deepspeed_loads_what_was_converted(ranks, tmp_path, source, target):
     expected = ranks(source.ranks, _save, source, tmp_path / "saved")[0]
     convert(tmp_path / "saved", tmp_path / "between", saver="safetensors", target=Target(), table=TABLE)

@@ -6,7 +6,7 @@ import pytest
 JOB = "tests/distributed/mpi_job.py"
 
 
-@pytest.mark.parametrize(("size", "transport"), [pytest.param(2, "mpi", marks=pytest.mark.long), (4, "auto")])
+@pytest.mark.parametrize(("size", "transport"), [(2, "mpi"), pytest.param(4, "auto", marks=pytest.mark.long)])
 def test_switches_through_mpi_are_bitwise_slices_without_copies(size, transport):
     status, output = jobs.run("mpirun", size, JOB, transport)
     assert status == 0, output

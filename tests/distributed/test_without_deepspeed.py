@@ -20,7 +20,7 @@ DOCS = jobs.ROOT / "docs" / "without_deepspeed.md"
         pytest.param("torchrun", 4, 1, marks=pytest.mark.long),
     ],
 )
-@pytest.mark.parametrize("example", ["ddp.py", "fsdp2.py"])
+@pytest.mark.parametrize("example", ["ddp.py", pytest.param("fsdp2.py", marks=pytest.mark.long)])
 def test_weights_are_those_of_one_process(example, launcher, size, sequence):
     status, output = jobs.run(launcher, size, f"examples/{example}", "--sequence", sequence)
     assert status == 0, output

@@ -349,6 +349,7 @@ def test_inputs_that_do_not_fit_are_refused(change: dict, message: str) -> None:
         VideoDiT(CONFIG).double()(**{**inputs(), **change})
 
 
+@pytest.mark.long
 def test_a_compiled_model_takes_clips_of_any_size():
     """As one graph, in which a plan of layouts is a constant."""
     model = VideoDiT(VideoDiTConfig(layers=2, hidden=16, heads=2, conditioning_size=6, full_attention_every=2))
