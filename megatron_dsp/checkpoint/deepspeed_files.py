@@ -1,4 +1,4 @@
-"""What DeepSpeed 0.19.8 has written, at any degrees and ZeRO stage, as one `State`.
+"""What DeepSpeed 0.19.8 has written, at any degrees and ZeRO stage, whole over all axes.
 
 Files are of places on the pipe and tensor axes, MP = pipe rank x tensor degree + tensor rank, or of ranks of data x sequence:
 
@@ -53,10 +53,10 @@ class _Memory(Protocol):
 
 
 class DeepSpeedState:
-    """A checkpoint of DeepSpeed's, whole over all axes. Implements `State`.
+    """A checkpoint of DeepSpeed's, whole over all axes and read one tensor at a time.
 
     Attributes:
-        parameters: as of `State`.
+        parameters: by their names in the whole model.
         layout: the degrees, and the ZeRO stage, at which it was saved.
         model: what the manifest says of it.
     """

@@ -1,14 +1,10 @@
-"""What a checkpoint holds, whole over all axes of a mesh and read one tensor at a time: the form between all formats."""
+"""Words for what a checkpoint holds in any format: kinds of tensors, and how far its training had come."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any, Protocol
-
-from torch import Tensor
-
-from megatron_dsp.checkpoint.parameters import Parameter
+from dataclasses import dataclass
+from typing import Any
 
 WEIGHT = "weight"  # the kinds of tensors: fp32 weights, their average, and the optimizer's (exp_avg, exp_avg_sq)
 AVERAGE = "ema"
@@ -35,22 +31,5 @@ class Training:
     step: int | None = None
     lr: float | None = None
     schedule: Mapping[str, Any] | None = None
-    loss_scale: Mapping[str, Any] | None = field(default=None)
+    loss_scale: Mapping[str, Any] | None = None
     options: Mapping[str, Any] | None = None
-
-
-class State(Protocol):
-    """A checkpoint of any format.
-
-    Attributes:
-        parameters: by their names in the whole model.
-        kinds: of tensors that there are for each parameter, `WEIGHT` first.
-        training: how far it had come.
-    """
-
-    parameters: Mapping[str, Parameter]
-    kinds: tuple[str, ...]
-    training: Training
-
-    def read(self, kind: str, name: str) -> Tensor:
-        """A whole tensor, of the shape of its parameter, on the CPU."""

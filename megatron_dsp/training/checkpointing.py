@@ -124,15 +124,20 @@ def load(
     has no average for ``ema``, where the states of random numbers are of other ranks than these, or where a file of it would
     run code; never a silent start from scratch.
     """
+    what = f"--load {folder}"
     path, record = _newest_good(folder)
     if ema is not None and "ema" not in record.contents:
         raise UsageError(
             f"--load {folder}: its checkpoint {path.name!r} has no EMA; resume without one, or load(..., ema=None) first and "
             "make EMA(engine, mesh, decay) then, to start it from the loaded weights"
         )
+    if optimizer and "optimizer" not in record.contents:
+        raise UsageError(
+            f"--load {folder}: its checkpoint {path.name!r} has weights and no optimizer; start that anew with --no-load-optim"
+        )
     random_file = _random_file_for(mesh, record, folder) if random_numbers else None
     pickles = {name: stored.size for name, stored in record.files.items() if name.endswith(".pt")}
-    _together(f"--load {folder}", lambda: [unpickling.check_globals(path / name) for name in _own(pickles)])
+    _together(what, lambda: [unpickling.check_globals(path / name) for name in _own(pickles)])
     state = DeepSpeedState(path, record)
     if optimizer and _reads_its_own(engine, mesh, record):
         with _plugged(engine, _Files(engine.checkpoint_engine, path)):
@@ -141,11 +146,12 @@ def load(
             raise UsageError(f"--load {folder}: DeepSpeed could not load {path.name!r}; its own message says what is missing")
     else:
         check_model(state, engine.module, mesh)
-        _together(f"--load {folder}", lambda: put(engine, mesh, state, optimizer=optimizer))
+        _together(what, lambda: put(engine, mesh, state, optimizer=optimizer))
+        MasterWeights(engine, mesh).publish()
     if ema is not None:
-        ema.load(Fragments(state, AVERAGE, engine.module, mesh))
+        _together(what, lambda: ema.load(Fragments(state, AVERAGE, engine.module, mesh)))
     if random_file is not None:
-        rng.load(path / random_file, mesh)
+        _together(what, lambda: rng.load(path / random_file, mesh))
     elif not random_numbers:
         rng.restart(mesh, record.progress["iteration"])
     return Progress(**record.progress)
@@ -182,12 +188,11 @@ def _random_file_for(mesh: Mesh, record: Manifest, folder: Path) -> str | None:
 def load_weights(module: nn.Module, folder: Path, mesh: Mesh, *, ema: bool) -> Progress:
     """Fill a plain module with the weights of the latest good checkpoint in ``folder``, or with their average; no DeepSpeed.
 
-    Good: the files of all these weights are as they were saved, and the others are there. The checkpoint may be of any ZeRO
-    stage, data and sequence degree. Every rank calls it; values are cast to the module's dtypes. Returns how far the training
-    had come.
+    Good: the files of all these weights are as they were saved, and the others are there. The checkpoint may be of any degrees
+    and ZeRO stage. Every rank calls it; values are cast to the module's dtypes. Returns how far the training had come.
 
-    Errors: UsageError where there is no such checkpoint or no average in it, where its tensor degree is not the mesh's, with a
-    pipe axis, and for names or shapes that are not the module's.
+    Errors: UsageError where there is no such checkpoint or no average in it, and for names or shapes of the whole model that
+    are not the module's.
     """
     kind, content, file = (AVERAGE, "EMA", "ema_model") if ema else (WEIGHT, "weights", "weights")
     path, record = _newest_good(folder, lambda name: name.startswith(f"{file}_"))
@@ -280,7 +285,7 @@ def _plugged(engine: Any, files: _Files) -> Iterator[None]:
 def _write(engine: Any, files: _Files, progress: Progress, mesh: Mesh, model: Model, ema: EMA | None) -> list[str]:
     """Write this rank's files; the contents beside DeepSpeed's."""
     metadata = {"iteration": str(progress.iteration), **{axis: str(mesh.size(axis)) for axis in AXES}}
-    contents = ["random numbers"]
+    contents = ["optimizer", "random numbers"]
     path = files.folder / _random_file(dist.get_rank())
     with files.writing(path):
         rng.save(path, mesh)

@@ -89,9 +89,10 @@ def put(engine: Any, mesh: Mesh, state: DeepSpeedState, *, optimizer: bool = Tru
     """Let ``engine`` go on from ``state``; ``optimizer=False``: with its weights alone.
 
     Reads what this rank has of each tensor, and writes it in place. The optimizer's options other than the learning rate stay
-    the engine's. Collective.
+    the engine's. Nothing is communicated, so one rank may fail alone: when none has, `MasterWeights.publish` lets the model
+    compute with the weights.
 
-    Errors: UsageError where the checkpoint's optimizer has other tensors than this one's.
+    Errors: UsageError where the checkpoint's optimizer has other tensors than this one's; RankError for damaged files.
     """
     weights, module = MasterWeights(engine, mesh), engine.module
     weights.load(Fragments(state, WEIGHT, module, mesh), weights.tensors(), all_of_them=True)
@@ -101,14 +102,11 @@ def put(engine: Any, mesh: Mesh, state: DeepSpeedState, *, optimizer: bool = Tru
     if optimizer:
         _put_optimizer(engine, weights, state, lambda kind: Fragments(state, kind, module, mesh))
         _put_training(engine, state.training)
-    weights.publish()
 
 
 def _put_optimizer(engine: Any, weights: MasterWeights, state: DeepSpeedState, fragments: Callable[[str], Fragments]) -> None:
     """Its tensors, of the shapes of the weights, and its count of steps."""
     states, memory, step = engine.basic_optimizer.state, weights.memory(), state.training.step
-    if state.training.lr is None:
-        raise UsageError("the checkpoint has weights and no optimizer; start that anew with --no-load-optim")
     kinds = [kind for kind in state.kinds if kind not in (WEIGHT, AVERAGE)]
     for key in memory:
         there = [kind for kind, value in states[key].items() if isinstance(value, Tensor) and kind != "step"]

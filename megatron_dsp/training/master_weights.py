@@ -87,16 +87,6 @@ class MasterWeights:
             return list(chain.from_iterable(optimizer.fp32_groups))
         return [p for name, p in self._parameters.items() if self.fragments[name].source is not None]
 
-    @property
-    def parameters(self) -> Mapping[str, nn.Parameter]:
-        """Of the module, by name."""
-        return self._parameters
-
-    @property
-    def buffers(self) -> Mapping[str, Tensor]:
-        """The persistent ones of the module, by name."""
-        return self._buffers
-
     @torch.no_grad()
     def publish(self) -> None:
         """Let the model compute with what the optimizer's memory holds now, as after an optimizer step.

@@ -93,21 +93,6 @@ class TensorFile:
         self.metadata: dict[str, str] = self._file.metadata() or {}
         self.shapes = {name: tuple(self._file.get_slice(name).get_shape()) for name in self._file.keys()}  # noqa: SIM118
 
-    def check(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
-        """Errors: RankError where the file has not exactly these names and shapes."""
-        differing = {
-            "missing": sorted(shapes.keys() - self.shapes.keys()),
-            "unexpected": sorted(self.shapes.keys() - shapes.keys()),
-            "of another shape": [
-                f"{name} {list(self.shapes[name])} instead of {list(shape)}"
-                for name, shape in shapes.items()
-                if self.shapes.get(name, shape) != shape
-            ],
-        }
-        texts = [f"{len(names)} {kind}: {', '.join(names[:8])}" for kind, names in differing.items() if names]
-        if texts:
-            raise RankError(f"{self.path} is of another model ({'; '.join(texts)}); give the model that it was saved from")
-
     def read(self, name: str) -> Tensor:
         """A whole tensor."""
         return self._file.get_tensor(name)

@@ -7,6 +7,7 @@ import itertools
 import random
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,8 @@ from parallelism import BATCH, LR, STEPS, Cell, all_degrees, make, train
 
 from megatron_dsp.checkpoint import manifest
 from megatron_dsp.checkpoint.deepspeed_files import DeepSpeedState
+from megatron_dsp.checkpoint.formats import deepspeed
+from megatron_dsp.checkpoint.formats.source import Target
 from megatron_dsp.training import checkpointing
 from megatron_dsp.training.checkpointing import Progress
 from megatron_dsp.training.ema import EMA
@@ -253,3 +256,22 @@ def test_weights_without_the_optimizer(ranks, tmp_path):
     ranks(1, _weights_alone, Cell(), tmp_path)
     (message,) = ranks(1, _other_optimizer, Cell(), tmp_path)
     assert "the checkpoint's optimizer has exp_avg, exp_avg_sq, and this one momentum_buffer" in message
+
+
+def _no_optimizer_there(cell: Cell, folder: Path) -> str:
+    engine, mesh = _engine(cell)
+    with pytest.raises(dsp.UsageError) as error:
+        checkpointing.load(engine, folder, mesh)
+    checkpointing.load(engine, folder, mesh, optimizer=False)
+    _end(engine)
+    return str(error.value)
+
+
+@pytest.mark.long
+def test_an_optimizer_that_was_not_saved_is_missed(ranks, tmp_path):
+    ranks(1, _save, Cell(), tmp_path / "whole")
+    whole = deepspeed.load(tmp_path / "whole")
+    weights = replace(whole, kinds=("weight",), training=replace(whole.training, step=None, lr=None))  # as published ones
+    deepspeed.save(weights, tmp_path / "weights", Target(zero_stage=0))
+    (message,) = ranks(1, _no_optimizer_there, Cell(), tmp_path / "weights")
+    assert "has weights and no optimizer; start that anew with --no-load-optim" in message

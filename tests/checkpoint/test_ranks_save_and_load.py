@@ -85,7 +85,7 @@ def _leaves(folder: Path, zero: int) -> None:
     assert found.files.keys() == _names(path) - {manifest.NAME}
     assert found.progress == {"iteration": 3, "consumed_samples": 12}
     assert found.layout == {"pipe": 1, "data": 2, "sequence": 1, "tensor": 1, "zero_stage": zero}
-    assert (found.precision, found.contents) == ("bf16", ["random numbers", "ema", "weights"])
+    assert (found.precision, found.contents) == ("bf16", ["optimizer", "random numbers", "ema", "weights"])
     assert found.versions["torch"] == torch.__version__
 
 

@@ -53,17 +53,6 @@ def test_parts_of_flattened_tensors(path):
         assert torch.equal(file.read(name), tensor)
 
 
-def test_other_names_and_shapes_are_named(path):
-    file = TensorFile(path)
-    file.check(file.shapes)
-    expected = {**file.shapes, "more": (1,), "half": (4,)}
-    del expected["bits"]
-    with pytest.raises(
-        UsageError, match=r"1 missing: more; 1 unexpected: bits; 1 of another shape: half \[3\] instead of \[4\]"
-    ):
-        file.check(expected)
-
-
 def test_a_file_that_is_not_finished_leaves_the_old_one(path):
     before = path.read_bytes()
     for tensor, message in ((torch.zeros(1), "bytes were announced"), (torch.zeros(2), "announced as torch.float32")):

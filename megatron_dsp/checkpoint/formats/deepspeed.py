@@ -94,6 +94,8 @@ def save(source: Source, folder: Path, target: Target) -> None:
     tag = f"global_step{training.iteration}"
     path = store.begin(folder, tag)
     contents = [_CONTENTS[kind][0] for kind in source.kinds if kind in _CONTENTS]
+    if source.optimizer_kinds or training.lr is not None:  # plain SGD has no tensors
+        contents.append("optimizer")
     metadata = {"iteration": str(training.iteration), **{axis: str(degree) for axis, degree in degrees.items()}}
     new = _Folder(source, model, path, target, param_group(source))
     for pipe in range(target.pipe):

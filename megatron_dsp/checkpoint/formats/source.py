@@ -36,7 +36,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Source:
-    """A `State`, and what else a checkpoint has.
+    """A checkpoint of any format, whole over all axes of a mesh.
 
     Attributes:
         parameters: by their names in the whole model.
