@@ -19,9 +19,10 @@ from torch import Tensor
 
 from megatron_dsp.checkpoint.disk import sync
 from megatron_dsp.checkpoint.formats import FORMATS
-from megatron_dsp.checkpoint.formats.source import DTYPES, Source, Target
+from megatron_dsp.checkpoint.formats.source import Source, Target
 from megatron_dsp.checkpoint.name_map import NameMap, renamed
 from megatron_dsp.checkpoint.parameters import divided_as
+from megatron_dsp.dtypes import PRECISIONS
 from megatron_dsp.errors import UsageError
 
 IMPORTED = "imported.json"
@@ -180,8 +181,8 @@ def _check_target(target: Target, saver: str) -> None:
     for option in fields(target):
         value, flag = getattr(target, option.name), _FLAGS[option.name]
         if option.name == "dtype":
-            if value not in DTYPES:
-                raise UsageError(f"{flag} {value}: must be one of {', '.join(DTYPES)}")
+            if value not in PRECISIONS:
+                raise UsageError(f"{flag} {value}: must be one of {', '.join(PRECISIONS)}")
             continue
         if value != getattr(usual, option.name) and option.name not in FORMATS[saver].takes:
             raise UsageError(f"{flag} {value}: {saver} has no use for it; leave it out")

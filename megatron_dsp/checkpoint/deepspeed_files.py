@@ -29,8 +29,8 @@ from megatron_dsp.checkpoint import unpickling
 from megatron_dsp.checkpoint.manifest import Manifest
 from megatron_dsp.checkpoint.parameters import Parameter, whole_name
 from megatron_dsp.checkpoint.state import AVERAGE, WEIGHT, Training
+from megatron_dsp.checkpoint.tensor_file import TensorFile
 from megatron_dsp.errors import RankError
-from megatron_dsp.training.tensor_file import TensorFile
 
 _OPTIMIZER_FILE = re.compile(r"(?:bf16_)?zero_pp_rank_(\d+)_mp_rank_(\d+)_optim_states\.pt")
 _LAYER_FILE = re.compile(r"layer_(\d+)-model_(\d+)-model_states\.pt")

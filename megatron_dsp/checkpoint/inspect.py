@@ -23,10 +23,10 @@ from megatron_dsp.checkpoint.formats.source import TRAINING, Source
 from megatron_dsp.checkpoint.manifest import Manifest
 from megatron_dsp.checkpoint.parameters import Parameter
 from megatron_dsp.checkpoint.state import WEIGHT, Training
+from megatron_dsp.dtypes import DTYPES
 from megatron_dsp.errors import UsageError
 
 _PIECE = 2**22  # elements that are compared at once
-_PRECISIONS = {"F64": "fp64", "F32": "fp32", "F16": "fp16", "BF16": "bf16"}
 
 
 @dataclass(frozen=True)
@@ -324,7 +324,7 @@ def _stored_precision(folder: Path) -> str | None:
     for path in folder.glob("*.safetensors"):
         with safe_open(path, framework="pt") as file:
             found |= {file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118
-    return ", ".join(name for dtype, name in _PRECISIONS.items() if dtype in found) or None
+    return ", ".join(names.short for names in DTYPES if names.short is not None and names.safetensors in found) or None
 
 
 def _only(a: Source, b: Source) -> list[str]:

@@ -22,20 +22,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_dsp.training.tensor_file import bytes_of
+from megatron_dsp.checkpoint.tensor_file import bytes_of
+from megatron_dsp.dtypes import NAMES_OF
 
-_STORAGES = {
-    torch.float64: torch.DoubleStorage,
-    torch.float32: torch.FloatStorage,
-    torch.float16: torch.HalfStorage,
-    torch.bfloat16: torch.BFloat16Storage,
-    torch.int64: torch.LongStorage,
-    torch.int32: torch.IntStorage,
-    torch.int16: torch.ShortStorage,
-    torch.int8: torch.CharStorage,
-    torch.uint8: torch.ByteStorage,
-    torch.bool: torch.BoolStorage,
-}
 _ALIGNMENT = 64  # of a record's bytes in the file, as torch has it, so that they can be mapped into memory
 _LARGE = 0xFFFFFFFF  # stands for sizes and places of 4 GiB and more, which a zip archive has in another field
 _PADDING = 0x4246  # torch's name for a field of a zip header that only fills
@@ -75,7 +64,7 @@ class _Pickler(pickle.Pickler):
         if not isinstance(value, _Storage):
             return None
         self.tensors.append(value.tensor)
-        return "storage", _STORAGES[value.tensor.dtype], str(len(self.tensors) - 1), "cpu", value.tensor.size
+        return "storage", NAMES_OF[value.tensor.dtype].storage, str(len(self.tensors) - 1), "cpu", value.tensor.size
 
 
 class _Record:

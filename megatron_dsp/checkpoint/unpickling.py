@@ -18,12 +18,10 @@ from typing import IO, Any
 import torch
 from torch import Tensor
 
+from megatron_dsp.dtypes import DTYPES
 from megatron_dsp.errors import RankError
 
-_STORAGES = {
-    f"torch.{kind}Storage"
-    for kind in ("Double", "Float", "Half", "BFloat16", "Long", "Int", "Short", "Char", "Byte", "Bool", "ComplexFloat")
-}
+_STORAGES = {f"torch.{names.storage.__name__}" for names in DTYPES} | {"torch.ComplexFloatStorage"}
 _TENSORS = {"collections.OrderedDict", "torch._utils._rebuild_tensor_v2", *_STORAGES}
 _FRAGMENT = "deepspeed.utils.tensor_fragment.fragment_address"
 _ALLOWED = {  # by the names of DeepSpeed's files

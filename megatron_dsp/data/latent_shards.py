@@ -14,6 +14,7 @@ import torch
 from megatron_dsp.data.errors import DataError
 from megatron_dsp.data.samples import Shape, padded_conditioning
 from megatron_dsp.data.stored_tensors import FileState, StoredTensor, npy_header, safetensors_header
+from megatron_dsp.dtypes import NAMES_OF
 
 logger = logging.getLogger(__name__)
 
@@ -214,7 +215,7 @@ def _checked(
 ) -> StoredTensor:
     if isinstance(tensor, str) or tensor.dtype not in dtypes:
         dtype = tensor if isinstance(tensor, str) else str(tensor.dtype)
-        accepted = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+        accepted = ", ".join(NAMES_OF[dtype].name for dtype in dtypes)
         raise ValueError(f"has a {part} of dtype {dtype} for sample {name!r}: it must be one of {accepted}")
     if len(tensor.shape) not in dims:
         wanted = {"latent": "4 dims, or 3 for an image", "text": "2 dims [tokens, width]", "mask": "1 dim [tokens]"}[part]

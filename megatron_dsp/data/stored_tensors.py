@@ -19,30 +19,13 @@ import torch
 from numpy.lib import format as npy
 
 from megatron_dsp.data.errors import DataError
+from megatron_dsp.dtypes import DTYPES
 
 # What the format itself allows. Without a limit, a file that is none could ask for any amount of memory.
 _LARGEST_SAFETENSORS_HEADER = 100_000_000
-_SAFETENSORS_DTYPES = {
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "BOOL": torch.bool,
-    "U8": torch.uint8,
-    "I8": torch.int8,
-    "I16": torch.int16,
-    "I32": torch.int32,
-    "I64": torch.int64,
-}
-_NPY_DTYPES = {
-    "<f4": torch.float32,
-    "<f2": torch.float16,
-    "|b1": torch.bool,
-    "|u1": torch.uint8,
-    "|i1": torch.int8,
-    "<i2": torch.int16,
-    "<i4": torch.int32,
-    "<i8": torch.int64,
-}
+_KNOWN = [names for names in DTYPES if names.dtype != torch.float64]  # which no model takes
+_SAFETENSORS_DTYPES = {names.safetensors: names.dtype for names in _KNOWN}
+_NPY_DTYPES = {names.npy: names.dtype for names in _KNOWN if names.npy is not None}
 
 
 class FileState(NamedTuple):

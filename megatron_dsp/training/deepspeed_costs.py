@@ -25,20 +25,14 @@ from typing import Any, NamedTuple
 import torch
 
 from megatron_dsp.config import Config
+from megatron_dsp.dtypes import NAMES_OF, PRECISIONS
 from megatron_dsp.errors import UsageError
 from megatron_dsp.reshard.exchange import ring_all_reduce_bytes
 from megatron_dsp.training.deepspeed_engine import check_pipeline_config
 
 _FP32 = 4  # bytes
 _MOMENTS = 2  # of AdamW, a weight
-_DTYPES = {
-    "fp32": torch.float32,
-    "float32": torch.float32,
-    "bf16": torch.bfloat16,
-    "bfloat16": torch.bfloat16,
-    "fp16": torch.float16,
-    "float16": torch.float16,
-}
+_DTYPES = {name: dtype for short, dtype in PRECISIONS.items() for name in (short, NAMES_OF[dtype].name)}  # of ds_configs
 
 
 class Kept(NamedTuple):
@@ -95,9 +89,9 @@ class DeepSpeedCosts:
         raw, zero = config.deepspeed, config.deepspeed.get("zero_optimization", {})
         stage, pipelined = zero.get("stage", 0), config.mesh.pipe > 1
         dtype = torch.float32
-        for section, half in (("bf16", torch.bfloat16), ("fp16", torch.float16)):
+        for section in ("bf16", "fp16"):
             if raw.get(section, {}).get("enabled", False):
-                dtype = half
+                dtype = PRECISIONS[section]
         if pipelined:
             check_pipeline_config(config)
         _check(raw, stage, dtype)

@@ -24,9 +24,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from megatron_dsp.checkpoint import tensor_file
 from megatron_dsp.errors import UsageError
 from megatron_dsp.mesh import Mesh
-from megatron_dsp.training import tensor_file
 
 
 class Fragment(NamedTuple):

@@ -15,10 +15,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from megatron_dsp.checkpoint import tensor_file
+from megatron_dsp.checkpoint.tensor_file import TensorFile
 from megatron_dsp.errors import UsageError
 from megatron_dsp.mesh import AXES, Mesh
-from megatron_dsp.training import tensor_file
-from megatron_dsp.training.tensor_file import TensorFile
 
 PARTS = ("pipe", "data", "sequence")  # the axes along which `seed` makes random numbers differ
 _DEFAULT = "default"

@@ -22,10 +22,11 @@ from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 from megatron_dsp.checkpoint import manifest
 from megatron_dsp.checkpoint.formats import FORMATS
-from megatron_dsp.checkpoint.formats.source import DTYPES, Source, Target, depth_first, in_layers
+from megatron_dsp.checkpoint.formats.source import Source, Target, depth_first, in_layers
 from megatron_dsp.checkpoint.parameters import Parameter
 from megatron_dsp.checkpoint.state import AVERAGE, WEIGHT, Training
 from megatron_dsp.checkpoint.torch_file import Announced, TorchFile
+from megatron_dsp.dtypes import PRECISIONS
 from megatron_dsp.errors import UsageError
 
 WHOLE = {  # formats that have parameters whole
@@ -121,7 +122,7 @@ def test_weights_are_rounded_to_nearest(tmp_path, dtype):
         for parameter in source.parameters:
             for kind in in_memory.KINDS:
                 whole = source.read(kind, parameter)
-                rounded = whole.to(DTYPES[dtype]).float() if kind in (WEIGHT, AVERAGE) else whole
+                rounded = whole.to(PRECISIONS[dtype]).float() if kind in (WEIGHT, AVERAGE) else whole
                 assert torch.equal(found.read(kind, parameter), rounded)
 
 

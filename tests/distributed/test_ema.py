@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import megatron_dsp as dsp
+from megatron_dsp.checkpoint.tensor_file import TensorFile
 from megatron_dsp.models.embeddings import unpatchify
 from megatron_dsp.models.video_dit import VideoDiT
 from megatron_dsp.tensor import TensorParallel, own_shard
@@ -26,7 +27,6 @@ from megatron_dsp.training import checkpointing
 from megatron_dsp.training.checkpointing import Progress
 from megatron_dsp.training.ema import EMA
 from megatron_dsp.training.master_weights import MasterWeights, reason_against
-from megatron_dsp.training.tensor_file import TensorFile
 
 DECAY, STEPS = 0.7, 6
 Reference = tuple[dict[str, Tensor], dict[str, Tensor], Tensor]

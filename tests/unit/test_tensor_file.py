@@ -7,8 +7,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from megatron_dsp.checkpoint.disk import durable
+from megatron_dsp.checkpoint.tensor_file import TensorFile, create
 from megatron_dsp.errors import UsageError
-from megatron_dsp.training.tensor_file import TensorFile, create
 
 TENSORS = {
     "float64": torch.tensor(-0.0, dtype=torch.float64),

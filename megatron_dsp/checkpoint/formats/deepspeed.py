@@ -20,11 +20,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from megatron_dsp.checkpoint import manifest, store
+from megatron_dsp.checkpoint import manifest, store, tensor_file
 from megatron_dsp.checkpoint.deepspeed_files import DeepSpeedState
 from megatron_dsp.checkpoint.formats.source import (
     DEEPSPEED,
-    DTYPES,
     Source,
     Target,
     depth_first,
@@ -37,8 +36,8 @@ from megatron_dsp.checkpoint.formats.source import (
 from megatron_dsp.checkpoint.parameters import Model, whole_name
 from megatron_dsp.checkpoint.state import AVERAGE, WEIGHT
 from megatron_dsp.checkpoint.torch_file import Announced, TorchFile
+from megatron_dsp.dtypes import PRECISIONS
 from megatron_dsp.errors import UsageError
-from megatron_dsp.training import tensor_file
 
 _MAPPED = 256 * 2**20  # bytes that are read before the files, which are mapped into memory, are opened anew
 _SUB_GROUP = 10**9  # elements of a rank, DeepSpeed's default for sub_group_size
@@ -281,7 +280,7 @@ class _Place:
 
     def _module(self, prefix: str = "") -> OrderedDict[str, Announced]:
         """The state dict of the model, or of the layer whose names begin so, in the model's dtype."""
-        dtype = DTYPES[self._target.dtype]
+        dtype = PRECISIONS[self._target.dtype]
         content = OrderedDict()
         for name in self.names:
             if name.startswith(prefix):

@@ -16,14 +16,16 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from megatron_dsp.checkpoint import tensor_file
 from megatron_dsp.checkpoint.disk import durable
-from megatron_dsp.checkpoint.formats.source import DTYPES, Source, Target, read_record, write_record
+from megatron_dsp.checkpoint.formats.source import Source, Target, read_record, write_record
 from megatron_dsp.checkpoint.state import AVERAGE, WEIGHT
+from megatron_dsp.checkpoint.tensor_file import TensorFile
+from megatron_dsp.dtypes import DTYPES, PRECISIONS
 from megatron_dsp.errors import UsageError
-from megatron_dsp.training import tensor_file
-from megatron_dsp.training.tensor_file import TensorFile
 
 _STEM = re.compile(r"(.+?)(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
+_FLOATS = {names.safetensors for names in DTYPES if names.dtype.is_floating_point}
 _WEIGHTS = "model"  # how names of files of the weights begin
 
 
@@ -71,7 +73,7 @@ def load(folder: Path) -> Source:
 
 def save(source: Source, folder: Path, target: Target) -> None:
     """Write weights and buffers in ``target.dtype``, the average too, and the optimizer's tensors in fp32."""
-    dtype = DTYPES[target.dtype]
+    dtype = PRECISIONS[target.dtype]
     for kind in source.kinds:
         entries = dict.fromkeys(source.parameters, dtype if kind in (WEIGHT, AVERAGE) else torch.float32)
         if kind == WEIGHT:
@@ -144,7 +146,7 @@ def _files(folder: Path, stem: str) -> dict[str, Path]:
 
 def _is_floating(path: Path, name: str) -> bool:
     with safe_open(path, framework="pt") as file:
-        return file.get_slice(name).get_dtype() in ("F64", "F32", "F16", "BF16")
+        return file.get_slice(name).get_dtype() in _FLOATS
 
 
 def _read(path: Path, name: str) -> Tensor:

@@ -29,7 +29,6 @@ from megatron_dsp.mesh import AXES
 
 TRAINING = "training.json"
 DEEPSPEED = "0.19.8"  # the version whose files are written
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 logger = logging.getLogger(__name__)
 

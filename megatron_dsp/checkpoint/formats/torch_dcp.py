@@ -26,8 +26,9 @@ from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
 from megatron_dsp.checkpoint import unpickling
-from megatron_dsp.checkpoint.formats.source import DTYPES, Source, Target, read_record, write_record
+from megatron_dsp.checkpoint.formats.source import Source, Target, read_record, write_record
 from megatron_dsp.checkpoint.state import AVERAGE, WEIGHT
+from megatron_dsp.dtypes import DTYPES, PRECISIONS
 from megatron_dsp.errors import UsageError
 
 _METADATA = ".metadata"
@@ -40,10 +41,7 @@ _ALLOWED = {
     "torch.Size",
     "collections.OrderedDict",
     "pathlib.PosixPath",  # where it was saved
-    *(
-        f"torch.{name}"
-        for name in ("float64", "float32", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8", "bool")
-    ),
+    *(f"torch.{names.name}" for names in DTYPES),
 }
 _OPTIMIZER = re.compile(r"(?:.+\.)?optim(?:izer)?\.state\.(.+)\.(\w+)")
 
@@ -105,7 +103,7 @@ def load(folder: Path) -> Source:
 
 def save(source: Source, folder: Path, target: Target) -> None:
     """Write weights and their average in ``target.dtype``, the optimizer's tensors in fp32, and its step for each parameter."""
-    dtype = DTYPES[target.dtype]
+    dtype = PRECISIONS[target.dtype]
     given: dict[str, Callable[[], Tensor]] = {}
 
     def announce(key: str, shape: Sequence[int], dtype: torch.dtype, read: Callable[[], Tensor]) -> Tensor:

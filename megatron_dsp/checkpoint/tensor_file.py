@@ -19,20 +19,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from megatron_dsp.checkpoint.disk import durable
+from megatron_dsp.dtypes import NAMES_OF
 from megatron_dsp.errors import RankError
-
-_NAMES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.int16: "I16",
-    torch.int8: "I8",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
-}
 
 
 def bytes_of(tensor: Tensor) -> memoryview:
@@ -54,7 +42,7 @@ def create(
     end = 0
     for name, (dtype, shape) in tensors.items():
         start, end = end, end + math.prod(shape) * dtype.itemsize
-        header[name] = {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": [start, end]}
+        header[name] = {"dtype": NAMES_OF[dtype].safetensors, "shape": list(shape), "data_offsets": [start, end]}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     with durable(path) as file:
