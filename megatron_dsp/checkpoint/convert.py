@@ -18,6 +18,7 @@ from typing import Any
 from torch import Tensor
 
 from megatron_dsp.checkpoint.disk import sync
+from megatron_dsp.checkpoint.file_names import step_folder
 from megatron_dsp.checkpoint.formats import FORMATS
 from megatron_dsp.checkpoint.formats.source import Source, Target
 from megatron_dsp.checkpoint.name_map import NameMap, renamed
@@ -84,7 +85,7 @@ def convert(
     _check_format("--saver", saver)
     _check_folders(load_dir, save_dir)
     _check_target(target, saver)
-    folder = load_dir if iteration is None else load_dir / f"global_step{iteration}"
+    folder = load_dir if iteration is None else load_dir / step_folder(iteration)
     if not folder.is_dir():
         raise UsageError(f"--load-iteration {iteration}: there is no {folder}; give one that is there, or leave it out")
     if loader == "auto":

@@ -15,7 +15,6 @@ Files are mapped into memory, and opened when something of them is read. What `u
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
@@ -26,14 +25,12 @@ import torch
 from torch import Tensor
 
 from megatron_dsp.checkpoint import unpickling
-from megatron_dsp.checkpoint.manifest import Manifest
+from megatron_dsp.checkpoint.file_names import LayerFile, ModelFile, OptimizerFile, WeightsFile, parse
+from megatron_dsp.checkpoint.manifest import CONTENTS, Manifest
 from megatron_dsp.checkpoint.parameters import Parameter, whole_name
 from megatron_dsp.checkpoint.state import AVERAGE, WEIGHT, Training
 from megatron_dsp.checkpoint.tensor_file import TensorFile
 from megatron_dsp.errors import RankError
-
-_OPTIMIZER_FILE = re.compile(r"(?:bf16_)?zero_pp_rank_(\d+)_mp_rank_(\d+)_optim_states\.pt")
-_LAYER_FILE = re.compile(r"layer_(\d+)-model_(\d+)-model_states\.pt")
 
 
 class Fragment(NamedTuple):
@@ -147,15 +144,14 @@ class DeepSpeedState:
         return self._opened[name]
 
     @cached_property
-    def whole_files(self) -> dict[str, str]:
-        """The kinds of tensors of which there are files with whole parameters, and how their names begin."""
-        files = {WEIGHT: ("weights", "weights"), AVERAGE: ("ema", "ema_model")}
-        return {kind: file for kind, (content, file) in files.items() if content in self._manifest.contents}
+    def whole_kinds(self) -> set[str]:
+        """The kinds of tensors of which there are files with whole parameters."""
+        return {kind for kind, content in CONTENTS.items() if content in self._manifest.contents}
 
     @cached_property
-    def files(self) -> list[str]:
-        """The names of its files."""
-        return sorted(path.name for path in self._folder.iterdir())
+    def files(self) -> dict[str, Any]:
+        """Its files by their names, and what they are."""
+        return {path.name: parse(path.name) for path in sorted(self._folder.iterdir())}
 
 
 class _Place:
@@ -172,9 +168,8 @@ class _Place:
         return tuple(dict.fromkeys(kind for entry in self._entries for kind, value in entry.items() if _is_tensor(kind, value)))
 
     def read(self, kind: str, name: str, fragment: Fragment) -> Tensor:
-        if kind in self._state.whole_files:
-            file = f"{self._state.whole_files[kind]}_tp_{self._tensor:02d}_pp_{self._pipe:02d}.safetensors"
-            return self._state.open(file).read_flat(name, *fragment).float()
+        if kind in self._state.whole_kinds:
+            return self._state.open(WeightsFile(kind, self._tensor, self._pipe).name).read_flat(name, *fragment).float()
         if name in self._memory_of:
             return self._memory_of[name].read(kind, name, fragment).float()
         if kind != WEIGHT:
@@ -210,8 +205,7 @@ class _Place:
 
     @cached_property
     def _model(self) -> Any:
-        prefix = "zero_pp_rank_0_" if self._stage == 3 else ""
-        return self._state.open(f"{prefix}mp_rank_{self._rank:02d}_model_states.pt")
+        return self._state.open(ModelFile(self._rank, 0 if self._stage == 3 else None).name)
 
     def _optimizer(self, rank: int) -> Any:
         return self._state.open(self._optimizer_files[rank])["optimizer_state_dict"]
@@ -220,10 +214,9 @@ class _Place:
     def _optimizer_files(self) -> list[str]:
         """Of each rank of data x sequence; none where the optimizer is with the model."""
         found = {}
-        for name in self._state.files:
-            match = _OPTIMIZER_FILE.fullmatch(name)
-            if match is not None and int(match[2]) == self._rank:
-                found[int(match[1])] = name
+        for name, file in self._state.files.items():
+            if isinstance(file, OptimizerFile) and file.model_rank == self._rank:
+                found[file.data_rank] = name
         if found and sorted(found) != list(range(self._state.ranks)):
             raise RankError(
                 f"{self._state._folder} has {len(found)} optimizer files of model parallel rank {self._rank}, and was saved by "
@@ -251,10 +244,10 @@ class _Place:
         if self._model["module"] is not None:
             return self._model["module"]
         weights: dict[str, Tensor] = {}
-        for name in self._state.files:
-            match = _LAYER_FILE.fullmatch(name)
-            if match is not None and int(match[2]) == self._tensor and int(match[1]) in self._state.model.stages[self._pipe]:
-                weights |= {f"{int(match[1])}.{rest}": value for rest, value in self._state.open(name).items()}
+        layers = self._state.model.stages[self._pipe]
+        for name, file in self._state.files.items():
+            if isinstance(file, LayerFile) and file.tensor_rank == self._tensor and file.layer in layers:
+                weights |= {f"{file.layer}.{rest}": value for rest, value in self._state.open(name).items()}
         return weights
 
     @cached_property
@@ -265,8 +258,8 @@ class _Place:
     def _read_frozen(self, name: str, fragment: Fragment) -> Tensor:
         if self._stage < 3:
             return _part(self._model["frozen_param_fragments"][name], fragment)
-        files = [f"zero_pp_rank_{rank}_mp_rank_{self._rank:02d}_model_states.pt" for rank in range(self._state.ranks)]
-        parts = [self._state.open(file)["frozen_param_fragments"][name].reshape(-1) for file in files]
+        files = [ModelFile(self._rank, rank) for rank in range(self._state.ranks)]
+        parts = [self._state.open(file.name)["frozen_param_fragments"][name].reshape(-1) for file in files]
         return _part(torch.cat(parts), fragment)
 
     @cached_property

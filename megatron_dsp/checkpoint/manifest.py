@@ -8,17 +8,23 @@ from __future__ import annotations
 
 import hashlib
 import json
+import platform
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
+from datetime import datetime, timezone
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from megatron_dsp.checkpoint.disk import durable
 from megatron_dsp.checkpoint.parameters import Model
+from megatron_dsp.checkpoint.state import AVERAGE, WEIGHT
 from megatron_dsp.errors import UsageError
 
 NAME = "manifest.json"
 FORMAT = 1
+CONTENTS = {WEIGHT: "weights", AVERAGE: "ema"}  # what `Manifest.contents` calls files with all tensors of a kind
+_PACKAGES = "megatron-dsp", "torch", "deepspeed"
 _PIECE = 4 * 2**20  # bytes that are hashed at once
 
 
@@ -54,6 +60,28 @@ class Manifest:
     model: Model
     files: dict[str, Stored]
 
+    @classmethod
+    def new(
+        cls,
+        progress: dict[str, int],
+        layout: dict[str, int],
+        precision: str,
+        contents: list[str],
+        model: Model,
+        files: dict[str, Stored],
+    ) -> Manifest:
+        """That of a checkpoint which is saved now, by the versions that are installed."""
+        return cls(
+            saved=datetime.now(timezone.utc).isoformat(timespec="microseconds"),
+            progress=progress,
+            layout=layout,
+            precision=precision,
+            contents=contents,
+            versions={"python": platform.python_version(), **{name: _version(name) for name in _PACKAGES}},
+            model=model,
+            files=files,
+        )
+
 
 def write(folder: Path, manifest: Manifest) -> None:
     """Write the manifest of the checkpoint in ``folder``; it is on the disk afterwards."""
@@ -74,11 +102,11 @@ def read(folder: Path) -> Manifest:
         raise UsageError(f"{NAME} cannot be read ({error.strerror})") from error
     try:
         record = json.loads(text)
-        version = record["format"]
-        if isinstance(version, int) and version > FORMAT:
-            raise UsageError(f"{NAME} is of format {version}, and this version of megatron_dsp knows {FORMAT}; use a newer one")
+        number = record["format"]
+        if isinstance(number, int) and number > FORMAT:
+            raise UsageError(f"{NAME} is of format {number}, and this version of megatron_dsp knows {FORMAT}; use a newer one")
         del record["sha256"]
-        if version != FORMAT or _text(record) != text:
+        if number != FORMAT or _text(record) != text:
             raise UsageError(f"{NAME} was changed: it is not as it was written")
         del record["format"]
         files = {name: Stored(**entry) for name, entry in record.pop("files").items()}
@@ -149,6 +177,12 @@ def sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
+def hash_files(folder: Path) -> dict[str, Stored]:
+    """All files in ``folder`` as they are now, by their paths in it."""
+    paths = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {path.relative_to(folder).as_posix(): Stored(path.stat().st_size, sha256(path)) for path in paths}
+
+
 def divide(sizes: Mapping[str, int], parts: int) -> list[list[str]]:
     """Names in ``parts`` lists of about equal bytes; a function of the arguments alone."""
     shares: list[list[str]] = [[] for _ in range(parts)]
@@ -164,3 +198,10 @@ def _text(record: dict[str, Any]) -> bytes:
     """The one way to write a record: any other text is a damaged one."""
     own = hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
     return json.dumps({**record, "sha256": own}, indent=1, sort_keys=True).encode()
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:  # run from a checkout
+        return "not installed"

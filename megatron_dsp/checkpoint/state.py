@@ -33,3 +33,8 @@ class Training:
     schedule: Mapping[str, Any] | None = None
     loss_scale: Mapping[str, Any] | None = None
     options: Mapping[str, Any] | None = None
+
+    @property
+    def progress(self) -> dict[str, int]:
+        """What a manifest says of it."""
+        return {"iteration": self.iteration, "consumed_samples": self.consumed_samples}

@@ -15,12 +15,13 @@ from pathlib import Path
 
 from megatron_dsp.checkpoint import manifest
 from megatron_dsp.checkpoint.disk import durable, sync
+from megatron_dsp.checkpoint.file_names import STEP
 from megatron_dsp.checkpoint.manifest import Manifest
 from megatron_dsp.errors import UsageError
 
 POINTER = "latest"  # DeepSpeed's name and content: the name of a checkpoint
-_TAG = re.compile(r"global_step(\d+)")
-_HIDDEN = re.compile(r"\.(global_step\d+)\.(saving|replaced|deleted)")
+_TAG = re.compile(rf"{STEP}\d+")
+_HIDDEN = re.compile(rf"\.({STEP}\d+)\.(saving|replaced|deleted)")
 
 logger = logging.getLogger(__name__)
 

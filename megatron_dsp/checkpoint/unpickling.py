@@ -11,23 +11,24 @@ import importlib
 import io
 import pickle
 import pickletools
-import re
 from pathlib import Path
 from typing import IO, Any
 
 import torch
 from torch import Tensor
 
+from megatron_dsp.checkpoint import file_names
+from megatron_dsp.checkpoint.file_names import LayerFile, ModelFile, OptimizerFile, UniversalFile
 from megatron_dsp.dtypes import DTYPES
 from megatron_dsp.errors import RankError
 
 _STORAGES = {f"torch.{names.storage.__name__}" for names in DTYPES} | {"torch.ComplexFloatStorage"}
 _TENSORS = {"collections.OrderedDict", "torch._utils._rebuild_tensor_v2", *_STORAGES}
 _FRAGMENT = "deepspeed.utils.tensor_fragment.fragment_address"
-_ALLOWED = {  # by the names of DeepSpeed's files
-    r"layer_\d+(-\w+)*-model_states\.pt": _TENSORS,
-    r"(zero_pp_rank_\d+_)?mp_rank_\d+_model_states\.pt": _TENSORS | {"torch.Size", _FRAGMENT},
-    r"(bf16_)?zero_pp_rank_\d+_mp_rank_\d+_optim_states\.pt": _TENSORS
+_ALLOWED = {  # in files of these names
+    LayerFile: _TENSORS,
+    ModelFile: _TENSORS | {"torch.Size", _FRAGMENT},
+    OptimizerFile: _TENSORS
     | {
         "torch.Tensor",
         "torch.float16",  # of a loss scaler
@@ -37,7 +38,7 @@ _ALLOWED = {  # by the names of DeepSpeed's files
         "deepspeed.runtime.zero.config.ZeroStageEnum",
         _FRAGMENT,
     },
-    r"(fp32|exp_avg|exp_avg_sq|momentum_buffer|step|optimizer_state)\.pt": _TENSORS  # of universal checkpoints
+    UniversalFile: _TENSORS
     | {
         "torch.Size",
         "torch.float16",
@@ -61,7 +62,7 @@ def check_globals(path: Path) -> set[str]:
     Errors: RankError that names the file and what it wants beside those; and for files that are no zip archives of torch.save,
     such as plain pickles, whatever they want.
     """
-    allowed = next((names for pattern, names in _ALLOWED.items() if re.fullmatch(pattern, path.name)), None)
+    allowed = _ALLOWED.get(type(file_names.parse(path.name)))
     if allowed is None:
         raise RankError(f"{path} is not opened: none of DeepSpeed's checkpoint files has such a name; remove it")
     try:

@@ -13,12 +13,9 @@ import errno
 import logging
 import math
 import os
-import platform
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
-from datetime import datetime, timezone
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -29,7 +26,8 @@ from torch import nn
 from megatron_dsp.checkpoint import manifest, store, unpickling
 from megatron_dsp.checkpoint.deepspeed_files import DeepSpeedState
 from megatron_dsp.checkpoint.disk import sync
-from megatron_dsp.checkpoint.manifest import Manifest, Stored
+from megatron_dsp.checkpoint.file_names import WeightsFile, parse, random_numbers_file, step_folder
+from megatron_dsp.checkpoint.manifest import CONTENTS, Manifest, Stored
 from megatron_dsp.checkpoint.parameters import Model, whole_names
 from megatron_dsp.checkpoint.state import AVERAGE, WEIGHT
 from megatron_dsp.errors import RankError, UsageError
@@ -40,7 +38,6 @@ from megatron_dsp.training.engine_state import Fragments, check_model, model_of,
 from megatron_dsp.training.master_weights import MasterWeights
 
 _T = TypeVar("_T")
-_PACKAGES = "megatron-dsp", "torch", "deepspeed"
 
 logger = logging.getLogger(__name__)
 
@@ -64,7 +61,7 @@ def save(engine: Any, folder: Path, progress: Progress, mesh: Mesh, ema: EMA | N
     refuse_other_writers(engine)
     if keep is not None and keep < 1:
         raise UsageError(f"keep={keep}: at least the checkpoint that is saved stays; give 1 or more, or None for all")
-    tag = f"global_step{progress.iteration}"
+    tag = step_folder(progress.iteration)
     path = folder / store.saving(tag)
     what = f"--save {folder}: {tag} is not saved, and the checkpoint before it stays the latest"
     try:
@@ -76,7 +73,7 @@ def save(engine: Any, folder: Path, progress: Progress, mesh: Mesh, ema: EMA | N
         sizes = _on_rank_0(what, lambda: _sizes(path, names))
         hashes = _together(what, lambda: _hashes(path, _own(sizes)))
         stored = {name: Stored(sizes[name], digest) for of_rank in hashes for name, digest in of_rank.items()}
-        record = _manifest(engine, mesh, progress, contents, stored, model)
+        record = Manifest.new(asdict(progress), _layout(engine, mesh), _precision(engine), contents, model, stored)
         _on_rank_0(what, lambda: store.publish(folder, tag, record, keep))
     except UsageError:
         if dist.get_rank() == 0:
@@ -126,7 +123,7 @@ def load(
     """
     what = f"--load {folder}"
     path, record = _newest_good(folder)
-    if ema is not None and "ema" not in record.contents:
+    if ema is not None and CONTENTS[AVERAGE] not in record.contents:
         raise UsageError(
             f"--load {folder}: its checkpoint {path.name!r} has no EMA; resume without one, or load(..., ema=None) first and "
             "make EMA(engine, mesh, decay) then, to start it from the loaded weights"
@@ -181,7 +178,7 @@ def _random_file_for(mesh: Mesh, record: Manifest, folder: Path) -> str | None:
         )
     here = {axis: mesh.rank(axis) if axis in rng.PARTS else 0 for axis in AXES}
     grid = RankGrid(math.prod(degrees.values()), **degrees)
-    return _random_file(int(grid.ranks[tuple(here.values())]))
+    return random_numbers_file(int(grid.ranks[tuple(here.values())]))
 
 
 @torch.no_grad()
@@ -194,9 +191,14 @@ def load_weights(module: nn.Module, folder: Path, mesh: Mesh, *, ema: bool) -> P
     Errors: UsageError where there is no such checkpoint or no average in it, and for names or shapes of the whole model that
     are not the module's.
     """
-    kind, content, file = (AVERAGE, "EMA", "ema_model") if ema else (WEIGHT, "weights", "weights")
-    path, record = _newest_good(folder, lambda name: name.startswith(f"{file}_"))
-    if ("ema" if ema else "weights") not in record.contents:
+    kind, content = (AVERAGE, "EMA") if ema else (WEIGHT, "weights")
+
+    def wanted(name: str) -> bool:
+        file = parse(name)
+        return isinstance(file, WeightsFile) and file.kind == kind
+
+    path, record = _newest_good(folder, wanted)
+    if CONTENTS[kind] not in record.contents:
         raise UsageError(f"--load {folder}: its checkpoint {path.name!r} has no {content}; give ema={not ema} or another")
     state = DeepSpeedState(path, record)
     check_model(state, module, mesh)
@@ -286,20 +288,20 @@ def _write(engine: Any, files: _Files, progress: Progress, mesh: Mesh, model: Mo
     """Write this rank's files; the contents beside DeepSpeed's."""
     metadata = {"iteration": str(progress.iteration), **{axis: str(mesh.size(axis)) for axis in AXES}}
     contents = ["optimizer", "random numbers"]
-    path = files.folder / _random_file(dist.get_rank())
+    path = files.folder / random_numbers_file(dist.get_rank())
     with files.writing(path):
         rng.save(path, mesh)
     if ema is not None:
-        path = files.folder / _weights_file("ema_model", *_place(mesh))
+        path = files.folder / _weights_file(AVERAGE, mesh)
         with files.writing(path):
             ema.save(path, metadata)
-        contents.append("ema")
+        contents.append(CONTENTS[AVERAGE])
     if master_weights.reason_against(engine) is None:
         weights = MasterWeights(engine, mesh)
-        path = files.folder / _weights_file("weights", *_place(mesh))
+        path = files.folder / _weights_file(WEIGHT, mesh)
         with files.writing(path):
             weights.save(path, weights.tensors(), metadata)
-        contents.append("weights")
+        contents.append(CONTENTS[WEIGHT])
     with _plugged(engine, files), _told(engine.module, model):
         engine.save_checkpoint(str(files.folder.parent), tag=files.folder.name, save_latest=False)
     for path in files.folder.glob("offloaded_tensors/**/*"):  # of NVMe offload, which DeepSpeed copies there
@@ -350,30 +352,8 @@ def _own(sizes: Mapping[str, int]) -> list[str]:
     return manifest.divide(sizes, dist.get_world_size())[dist.get_rank()]
 
 
-def _manifest(
-    engine: Any, mesh: Mesh, progress: Progress, contents: list[str], files: dict[str, Stored], model: Model
-) -> Manifest:
-    return Manifest(
-        saved=datetime.now(timezone.utc).isoformat(timespec="microseconds"),
-        progress=asdict(progress),
-        layout=_layout(engine, mesh),
-        precision=_precision(engine),
-        contents=contents,
-        versions={"python": platform.python_version(), **{name: _version(name) for name in _PACKAGES}},
-        model=model,
-        files=files,
-    )
-
-
 def _precision(engine: Any) -> str:
     return "bf16" if engine.bfloat16_enabled() else "fp16" if engine.fp16_enabled() else "fp32"
-
-
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:  # run from a checkout
-        return "not installed"
 
 
 def _newest_good(folder: Path, wanted: Callable[[str], bool] = lambda name: True) -> tuple[Path, Manifest]:
@@ -444,17 +424,8 @@ def _reason(error: OSError) -> str:
     return f"{error.filename or 'a file'} cannot be written or read ({error.strerror}); see that it can"
 
 
-def _random_file(rank: int) -> str:
-    return f"rng_rank_{rank:05d}.safetensors"
-
-
-def _weights_file(kind: str, tensor: int, pipe: int) -> str:
-    """As Megatron names what the ranks of a model have: by their places on the tensor and pipe axes."""
-    return f"{kind}_tp_{tensor:02d}_pp_{pipe:02d}.safetensors"
-
-
-def _place(mesh: Mesh) -> tuple[int, int]:
-    return mesh.rank("tensor"), mesh.rank("pipe")
+def _weights_file(kind: str, mesh: Mesh) -> str:
+    return WeightsFile(kind, mesh.rank("tensor"), mesh.rank("pipe")).name
 
 
 def _layout(engine: Any, mesh: Mesh) -> dict[str, int]:

@@ -22,32 +22,32 @@ from torch import Tensor
 
 from megatron_dsp.checkpoint import manifest, store, tensor_file
 from megatron_dsp.checkpoint.deepspeed_files import DeepSpeedState
+from megatron_dsp.checkpoint.file_names import RANK_FILES, STEP, LayerFile, ModelFile, OptimizerFile, WeightsFile, step_folder
 from megatron_dsp.checkpoint.formats.source import (
     DEEPSPEED,
     Source,
     Target,
     depth_first,
     in_layers,
-    manifest_of,
     needed_layers,
     ordered,
     param_group,
 )
+from megatron_dsp.checkpoint.manifest import CONTENTS, Manifest
 from megatron_dsp.checkpoint.parameters import Model, whole_name
-from megatron_dsp.checkpoint.state import AVERAGE, WEIGHT
+from megatron_dsp.checkpoint.state import WEIGHT
 from megatron_dsp.checkpoint.torch_file import Announced, TorchFile
 from megatron_dsp.dtypes import PRECISIONS
 from megatron_dsp.errors import UsageError
 
 _MAPPED = 256 * 2**20  # bytes that are read before the files, which are mapped into memory, are opened anew
 _SUB_GROUP = 10**9  # elements of a rank, DeepSpeed's default for sub_group_size
-_CONTENTS = {WEIGHT: ("weights", "weights"), AVERAGE: ("ema", "ema_model")}  # in the manifest, and as names of files begin
 
 logger = logging.getLogger(__name__)
 
 
 def recognises(folder: Path) -> bool:
-    return any(folder.glob("*_states.pt")) or any(folder.glob("global_step*/*_states.pt"))
+    return any(folder.glob(RANK_FILES)) or any(folder.glob(f"{STEP}*/{RANK_FILES}"))
 
 
 def load(folder: Path) -> Source:
@@ -90,9 +90,9 @@ def save(source: Source, folder: Path, target: Target) -> None:
     """
     model = _model(source, target)
     training, degrees = source.training, {"pipe": target.pipe, "data": target.data, "sequence": 1, "tensor": target.tensor}
-    tag = f"global_step{training.iteration}"
+    tag = step_folder(training.iteration)
     path = store.begin(folder, tag)
-    contents = [_CONTENTS[kind][0] for kind in source.kinds if kind in _CONTENTS]
+    contents = [CONTENTS[kind] for kind in source.kinds if kind in CONTENTS]
     if source.optimizer_kinds or training.lr is not None:  # plain SGD has no tensors
         contents.append("optimizer")
     metadata = {"iteration": str(training.iteration), **{axis: str(degree) for axis, degree in degrees.items()}}
@@ -114,7 +114,9 @@ def save(source: Source, folder: Path, target: Target) -> None:
         for place in places:
             place.close()
     layout = {**degrees, "zero_stage": target.zero_stage}
-    store.publish(folder, tag, manifest_of(source, path, layout, target.dtype, sorted(contents), model))
+    files = manifest.hash_files(path)
+    record = Manifest.new(training.progress, layout, target.dtype, sorted(contents), model, files)
+    store.publish(folder, tag, record)
 
 
 def _model(source: Source, target: Target) -> Model:
@@ -225,14 +227,14 @@ class _Place:
 
     def open_whole(self, kind: str, metadata: dict[str, str], opened: ExitStack) -> list[Callable[[Tensor], None]]:
         """Begin the file of whole weights, or of their average; none for other kinds. Wide buffers are in it already."""
-        if kind not in _CONTENTS:
+        if kind not in CONTENTS:
             return []
         wide = {name: buffer for name, buffer in self._buffers.items() if buffer.dtype.itemsize > 4}
         narrow = {name: buffer for name, buffer in self._buffers.items() if name not in wide}
         entries: dict[str, tuple[torch.dtype, Sequence[int]]] = {name: (x.dtype, x.shape) for name, x in wide.items()}
         entries |= {name: (torch.float32, shape) for name, shape in self._shapes.items()}
         entries |= {name: (buffer.dtype, buffer.shape) for name, buffer in narrow.items()}
-        path = self._path / f"{_CONTENTS[kind][1]}_tp_{self._tensor:02d}_pp_{self._pipe:02d}.safetensors"
+        path = self._path / WeightsFile(kind, self._tensor, self._pipe).name
         append = opened.enter_context(tensor_file.create(path, entries, metadata))
         for buffer in wide.values():
             append(buffer)
@@ -240,25 +242,24 @@ class _Place:
 
     def _write_all(self) -> None:
         """Begin all of DeepSpeed's files."""
-        target, place = self._target, f"mp_rank_{self._pipe * self._target.tensor + self._tensor:02d}"
+        target = self._target
+        model_rank = self._pipe * target.tensor + self._tensor
         if target.pipe > 1:
             for layer in self._model.stages[self._pipe]:
-                self._begin(f"layer_{layer:02d}-model_{self._tensor:02d}-model_states.pt", self._module(f"{layer}."))
-        ranks = range(target.data) if target.zero_stage else ()
-        prefix = "bf16_" if target.dtype == "bf16" else ""
-        for rank in ranks:
+                self._begin(LayerFile(layer, self._tensor), self._module(f"{layer}."))
+        for rank in range(target.data) if target.zero_stage else ():
             if target.zero_stage == 3:
-                self._begin(f"zero_pp_rank_{rank}_{place}_model_states.pt", self._model_content(None))
+                self._begin(ModelFile(model_rank, rank), self._model_content(None))
             optimizer = self._sharded(rank) if target.zero_stage < 3 else self._sharded_each(rank)
             content = {"optimizer_state_dict": optimizer, "ds_config": self._ds_config, "ds_version": DEEPSPEED}
-            self._begin(f"{prefix}zero_pp_rank_{rank}_{place}_optim_states.pt", content)
+            self._begin(OptimizerFile(model_rank, rank, target.dtype == "bf16"), content)
         if target.zero_stage < 3:
             whole = None if target.zero_stage else self._whole()
-            self._begin(f"{place}_model_states.pt", self._model_content(whole))
+            self._begin(ModelFile(model_rank), self._model_content(whole))
 
-    def _begin(self, name: str, content: Any) -> None:
+    def _begin(self, named: LayerFile | ModelFile | OptimizerFile, content: Any) -> None:
         """Begin a file; the tensors that were announced since the last one are in it."""
-        file = TorchFile(self._path / name, content)
+        file = TorchFile(self._path / named.name, content)
         self._files.append(file)
         for announced in file.tensors:
             self._file_of[id(announced)] = file

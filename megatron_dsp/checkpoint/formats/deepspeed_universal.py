@@ -21,6 +21,7 @@ import torch
 
 from megatron_dsp.checkpoint import unpickling
 from megatron_dsp.checkpoint.disk import durable, sync
+from megatron_dsp.checkpoint.file_names import ModelFile, UniversalFile, model_files, step_folder
 from megatron_dsp.checkpoint.formats import safetensors
 from megatron_dsp.checkpoint.formats.source import (
     DEEPSPEED,
@@ -38,9 +39,10 @@ from megatron_dsp.checkpoint.torch_file import Announced, TorchFile
 from megatron_dsp.errors import UsageError
 
 POINTER = "latest_universal"
-_MODEL = "mp_rank_00_model_states.pt"
-_OPTIMIZER = "optimizer_state.pt"
-_FP32 = "fp32"  # the name of the weights' files
+_MODEL = ModelFile(0).name
+_OPTIMIZER = UniversalFile("optimizer_state").name
+_WEIGHT = UniversalFile("fp32").name
+_STEP = UniversalFile("step").name
 
 
 def recognises(folder: Path) -> bool:
@@ -55,7 +57,7 @@ def load(folder: Path) -> Source:
     if not (path / "zero" / _OPTIMIZER).exists():
         raise UsageError(f"{path} has no zero/{_OPTIMIZER}; give the folder of a universal checkpoint")
     record = read_record(path)
-    model = unpickling.load(next(iter(sorted(path.glob("*mp_rank_*_model_states.pt"))), path / _MODEL))
+    model = unpickling.load(next(iter(model_files(path)), path / _MODEL))
     layers = None if record.model is None else record.model.layers
     numbered = model["module"] is None  # a pipeline's
     names = _in_order(path)
@@ -68,17 +70,17 @@ def load(folder: Path) -> Source:
     found = {}
     for name, place in places.items():
         if name not in buffers:
-            entry = _open(place / f"{_FP32}.pt")
+            entry = _open(place / _WEIGHT)
             found[name] = Parameter(tuple(entry["param"].shape), entry.get("cat_dim") if shards else None)
     first = places[next(iter(found))] if found else path
-    there = [entry.stem for entry in first.glob("*.pt") if entry.stem not in (_FP32, "step")]
+    there = [entry.stem for entry in first.glob("*.pt") if entry.name not in (_WEIGHT, _STEP)]
     kinds = record.kinds or (WEIGHT, *sorted(there))
     average = safetensors.reader(path, AVERAGE) if AVERAGE in kinds else None
 
     def read(kind: str, name: str) -> torch.Tensor:
         if kind == AVERAGE and average is not None:
             return average(name)
-        file = places[name] / f"{_FP32 if kind == WEIGHT else kind}.pt"
+        file = places[name] / _file_name(kind)
         if kind != WEIGHT and not file.exists():  # it is not trained
             return torch.zeros(found[name].shape)
         return unpickling.load(file)["param"].float()
@@ -105,19 +107,19 @@ def save(source: Source, folder: Path, target: Target) -> None:
         model = in_layers(source, [range(len(needed_layers(source, target.pipe)))])
         names = {name: model.place_of(name)[1] for name in model.parameters}
     training = source.training
-    path = folder / f"global_step{training.iteration}"
+    path = folder / step_folder(training.iteration)
     for kind in (kind for kind in source.kinds if kind != AVERAGE):
         for name, parameter in source.parameters.items():
             place = path / "zero" / names[name]
             place.mkdir(parents=True, exist_ok=True)
             tensor = Announced(torch.float32, parameter.shape)
             divided = {} if parameter.dim is None else {"cat_dim": parameter.dim}
-            file = TorchFile(place / f"{_FP32 if kind == WEIGHT else kind}.pt", {"param": tensor, **divided})
+            file = TorchFile(place / _file_name(kind), {"param": tensor, **divided})
             file.append(tensor, source.read(kind, name))
             file.close()
     if source.optimizer_kinds:
         for name in names.values():
-            torch.save(torch.tensor(float(training.step or 0)), path / "zero" / name / "step.pt")
+            torch.save(torch.tensor(float(training.step or 0)), path / "zero" / name / _STEP)
     buffers = OrderedDict(source.buffers)
     counts = {
         "skipped_steps": training.skipped_steps,
@@ -141,12 +143,16 @@ def save(source: Source, folder: Path, target: Target) -> None:
 
 def _in_order(path: Path) -> list[str]:
     """The names in the tree: as the model's files order them, where they do."""
-    names = sorted(entry.parent.relative_to(path / "zero").as_posix() for entry in path.glob(f"zero/**/{_FP32}.pt"))
+    names = sorted(entry.parent.relative_to(path / "zero").as_posix() for entry in path.glob(f"zero/**/{_WEIGHT}"))
     order: dict[str, None] = {}
-    for file in sorted(path.glob("mp_rank_*_model_states.pt")):
+    for file in model_files(path):
         for group in unpickling.load(file, mmap=True).get("param_shapes") or ():
             order |= dict.fromkeys(name for name in group if name in names)
     return list(order | dict.fromkeys(names))
+
+
+def _file_name(kind: str) -> str:
+    return _WEIGHT if kind == WEIGHT else UniversalFile(kind).name
 
 
 def _open(path: Path) -> Any:
@@ -161,7 +167,7 @@ def _open(path: Path) -> Any:
 def _training(path: Path, model: Any, first: Path) -> Training:
     """What DeepSpeed's files say of the training."""
     (group, *_) = unpickling.load(path / "zero" / _OPTIMIZER)["param_groups"]
-    step = first / "step.pt"
+    step = first / _STEP
     return Training(
         iteration=model["global_steps"],
         consumed_samples=model["global_samples"],

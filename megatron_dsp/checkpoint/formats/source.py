@@ -8,11 +8,8 @@ from __future__ import annotations
 
 import json
 import logging
-import platform
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from datetime import datetime, timezone
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +18,7 @@ from torch import Tensor
 
 from megatron_dsp.checkpoint import manifest
 from megatron_dsp.checkpoint.disk import durable
-from megatron_dsp.checkpoint.manifest import Manifest, Stored
+from megatron_dsp.checkpoint.manifest import Manifest
 from megatron_dsp.checkpoint.parameters import Model, Parameter, whole_name
 from megatron_dsp.checkpoint.state import AVERAGE, WEIGHT, Training
 from megatron_dsp.errors import UsageError
@@ -125,28 +122,8 @@ def write_record(source: Source, folder: Path, dtype: str) -> None:
     layout = {**dict.fromkeys(AXES, 1), "zero_stage": 0}
     order = [[list(source.parameters)]]
     layers = None if source.layers is None else list(source.layers)
-    manifest.write(folder, manifest_of(source, folder, layout, dtype, [], Model(source.parameters, layers, [[]], order)))
-
-
-def manifest_of(
-    source: Source, folder: Path, layout: dict[str, int], dtype: str, contents: list[str], model: Model
-) -> Manifest:
-    """The manifest of what was written into ``folder``."""
-    paths = sorted(path for path in folder.rglob("*") if path.is_file())
-    training = source.training
-    return Manifest(
-        saved=datetime.now(timezone.utc).isoformat(timespec="microseconds"),
-        progress={"iteration": training.iteration, "consumed_samples": training.consumed_samples},
-        layout=layout,
-        precision=dtype,
-        contents=contents,
-        versions={
-            "python": platform.python_version(),
-            **{name: _version(name) for name in ("megatron-dsp", "torch", "deepspeed")},
-        },
-        model=model,
-        files={path.relative_to(folder).as_posix(): Stored(path.stat().st_size, manifest.sha256(path)) for path in paths},
-    )
+    model, files = Model(source.parameters, layers, [[]], order), manifest.hash_files(folder)
+    manifest.write(folder, Manifest.new(source.training.progress, layout, dtype, [], model, files))
 
 
 def ordered(model: Model) -> dict[str, Parameter]:
@@ -225,10 +202,3 @@ def depth_first(names: Sequence[str]) -> list[str]:
         ]
 
     return leaves(tree, "")
-
-
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:  # run from a checkout
-        return "not installed"
