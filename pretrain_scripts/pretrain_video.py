@@ -26,7 +26,7 @@ from megatron_dsp.models.video_dit import VideoDiTConfig, parameter_count
 from megatron_dsp.placement import placement
 from megatron_dsp.reshard.exchange import exchange_of
 from megatron_dsp.training import arguments as flags
-from megatron_dsp.training import samples, video_data
+from megatron_dsp.training import sample_files, video_data
 from megatron_dsp.training.ema import EMA
 from megatron_dsp.training.log import TrainingLog
 from megatron_dsp.training.loop import train
@@ -146,7 +146,7 @@ def main() -> None:
                     "first frame given": workload.sample(engine, positions, steps=arguments.sample_steps, given=1),
                 }
             if rank == 0:
-                path = samples.write(arguments.samples_dir / f"iteration_{progress.iteration:07d}", clips)
+                path = sample_files.write(arguments.samples_dir / f"iteration_{progress.iteration:07d}", clips)
                 log.message(f"wrote {path}: real frames, the model's from noise, and the model's after a given first frame")
 
 

@@ -18,7 +18,7 @@ import torch.distributed as dist
 import megatron_dsp as dsp
 from megatron_dsp import launch
 from megatron_dsp.training import arguments as flags
-from megatron_dsp.training import samples, video_data
+from megatron_dsp.training import sample_files, video_data
 from megatron_dsp.training.monitor import peak_memory
 from megatron_dsp.training.video_diffusion import VideoDiffusion, load_model
 
@@ -52,7 +52,7 @@ def main() -> None:
         how = {"steps": arguments.sample_steps, "given": arguments.given_frames, "guidance": arguments.guidance_scale}
         clips = {"real": workload.real(positions), "sampled": workload.sample(model, positions, **how)}
         if mesh.rank("sequence") == mesh.rank("tensor") == 0:
-            path = samples.write(arguments.samples_dir / f"sample_{first:07d}", clips)
+            path = sample_files.write(arguments.samples_dir / f"sample_{first:07d}", clips)
             print(f"wrote {path}: {len(positions)} of {arguments.num_samples}", flush=True)
     peak = torch.tensor(peak_memory(mesh.device), dtype=torch.float64)
     dist.all_reduce(peak, op=dist.ReduceOp.MAX)

@@ -21,8 +21,8 @@ from megatron_dsp.checkpoint.disk import sync
 from megatron_dsp.checkpoint.file_names import step_folder
 from megatron_dsp.checkpoint.formats import FORMATS
 from megatron_dsp.checkpoint.formats.source import Source, Target
-from megatron_dsp.checkpoint.name_map import NameMap, renamed
-from megatron_dsp.checkpoint.parameters import divided_as
+from megatron_dsp.checkpoint.name_map import NameMap, apply_name_map
+from megatron_dsp.checkpoint.parameters import parameters_by_table
 from megatron_dsp.dtypes import PRECISIONS
 from megatron_dsp.errors import UsageError
 
@@ -89,16 +89,16 @@ def convert(
     if not folder.is_dir():
         raise UsageError(f"--load-iteration {iteration}: there is no {folder}; give one that is there, or leave it out")
     if loader == "auto":
-        loader = _recognised(folder)
+        loader = _find_format(folder)
     _check_format("--loader", loader)
     if not FORMATS[loader].recognises(folder):
         raise UsageError(f"--loader {loader}: {folder} has no files with names of that format; give another, or auto")
     source = FORMATS[loader].load(folder)
     notes: list[str] = []
     if name_map is not None:
-        source, notes = renamed(source, name_map)
+        source, notes = apply_name_map(source, name_map)
     if table is not None:
-        source = _described(source, table)
+        source = _apply_table(source, table)
     sizes = {name: 4 * math.prod(parameter.shape) for name, parameter in source.parameters.items()}
     total, done = sum(sizes.values()) * len(source.kinds), 0
 
@@ -193,16 +193,16 @@ def _check_target(target: Target, saver: str) -> None:
             raise UsageError(f"{flag} {value}: must be at least 1")
 
 
-def _recognised(folder: Path) -> str:
+def _find_format(folder: Path) -> str:
     for name, each in FORMATS.items():
         if each.recognises(folder):
             return name
     raise UsageError(f"--load-dir {folder}: no checkpoint in one of the formats {', '.join(FORMATS)} is there")
 
 
-def _described(source: Source, table: ShardingTable) -> Source:
+def _apply_table(source: Source, table: ShardingTable) -> Source:
     """The source, with what the table says of it."""
     if table.parameters:
         shapes = {name: parameter.shape for name, parameter in source.parameters.items()}
-        source = replace(source, parameters=divided_as(shapes, table.parameters))
+        source = replace(source, parameters=parameters_by_table(shapes, table.parameters))
     return source if table.layers is None else replace(source, layers=table.layers)

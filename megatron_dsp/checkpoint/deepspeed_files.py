@@ -33,19 +33,19 @@ from megatron_dsp.checkpoint.tensor_file import TensorFile
 from megatron_dsp.errors import RankError
 
 
-class Fragment(NamedTuple):
+class Span(NamedTuple):
     """Elements of a flattened tensor shard of a parameter: the first, and how many."""
 
     start: int
     size: int
 
 
-class _Memory(Protocol):
+class _ParameterGroup(Protocol):
     """Where an optimizer has a group of parameters."""
 
     names: list[str]
 
-    def read(self, kind: str, name: str, fragment: Fragment) -> Tensor:
+    def read(self, kind: str, name: str, span: Span) -> Tensor:
         """Elements of a parameter, flat."""
 
 
@@ -62,9 +62,9 @@ class DeepSpeedState:
         self._folder, self._manifest = folder, manifest
         self.layout, self.model = manifest.layout, manifest.model
         self.parameters: Mapping[str, Parameter] = self.model.parameters
-        self._opened: dict[str, Any] = {}
-        self._places = {
-            (pipe, tensor): _Place(self, pipe, tensor)
+        self._open_files: dict[str, Any] = {}
+        self._readers = {
+            (pipe, tensor): _ModelRankReader(self, pipe, tensor)
             for pipe in range(self.layout["pipe"])
             for tensor in range(self.layout["tensor"])
         }
@@ -72,12 +72,12 @@ class DeepSpeedState:
     @cached_property
     def kinds(self) -> tuple[str, ...]:
         """Of tensors, the weights first."""
-        return (WEIGHT, *self._places[0, 0].kinds, *((AVERAGE,) if AVERAGE in self._manifest.contents else ()))
+        return (WEIGHT, *self._readers[0, 0].kinds, *((AVERAGE,) if AVERAGE in self._manifest.contents else ()))
 
     @cached_property
     def training(self) -> Training:
         """How far it had come."""
-        found = self._places[0, 0].training(self._manifest.progress)
+        found = self._readers[0, 0].training(self._manifest.progress)
         # A scale of 1 is kept in other precisions too, and is none.
         return found if self._manifest.precision == "fp16" else replace(found, loss_scale=None)
 
@@ -89,59 +89,59 @@ class DeepSpeedState:
     def read(self, kind: str, name: str) -> Tensor:
         """A whole tensor of a parameter, in fp32. Errors: RankError where a file does not have what it should."""
         parameter = self.parameters[name]
-        return self.fragment(kind, name, parameter, (1, 0), Fragment(0, math.prod(parameter.shape))).view(parameter.shape)
+        return self.read_span(kind, name, parameter, (1, 0), Span(0, math.prod(parameter.shape))).view(parameter.shape)
 
-    def fragment(self, kind: str, name: str, wanted: Parameter, tensor: tuple[int, int], fragment: Fragment) -> Tensor:
+    def read_span(self, kind: str, name: str, wanted: Parameter, tensor: tuple[int, int], span: Span) -> Tensor:
         """Elements of the shard that rank ``tensor[1]`` of ``tensor[0]`` has of a parameter divided as ``wanted``, in fp32.
 
         Only they are read where it was divided so when it was saved, else the shards that overlap with that one.
         """
-        saved, (pipe, local) = self.parameters[name], self.model.place_of(name)
+        saved, (pipe, local) = self.parameters[name], self.model.locate(name)
         degree = self.layout["tensor"]
         if degree == 1 or saved.dim is None:  # one place has all of it
-            place = self._places[pipe, 0]
+            reader = self._readers[pipe, 0]
             if wanted.dim is None or tensor[0] == 1:
-                return place.read(kind, local, fragment)
-            whole = place.read(kind, local, Fragment(0, math.prod(saved.shape))).view(saved.shape)
-            own = wanted.own(whole, *tensor)
+                return reader.read(kind, local, span)
+            whole = reader.read(kind, local, Span(0, math.prod(saved.shape))).view(saved.shape)
+            own = wanted.take_shard(whole, *tensor)
         elif tensor[0] == degree and wanted.dim == saved.dim:
-            return self._places[pipe, tensor[1]].read(kind, local, fragment)
+            return self._readers[pipe, tensor[1]].read(kind, local, span)
         else:
-            own = self._from_shards(kind, name, wanted, tensor)
-        return own.reshape(-1)[fragment.start : fragment.start + fragment.size]
+            own = self._join_shards(kind, name, wanted, tensor)
+        return own.reshape(-1)[span.start : span.start + span.size]
 
-    def _from_shards(self, kind: str, name: str, wanted: Parameter, tensor: tuple[int, int]) -> Tensor:
-        saved, (pipe, local), degree = self.parameters[name], self.model.place_of(name), self.layout["tensor"]
+    def _join_shards(self, kind: str, name: str, wanted: Parameter, tensor: tuple[int, int]) -> Tensor:
+        saved, (pipe, local), degree = self.parameters[name], self.model.locate(name), self.layout["tensor"]
         assert saved.dim is not None  # else there are no shards
         same = wanted.dim == saved.dim
-        start, stop = wanted.shard(*tensor) if same else (0, saved.shape[saved.dim])
+        start, stop = wanted.shard_range(*tensor) if same else (0, saved.shape[saved.dim])
         parts = []
         for rank in range(degree):
-            first, last = saved.shard(degree, rank)
+            first, last = saved.shard_range(degree, rank)
             low, high = max(first, start), min(last, stop)
             if low < high:
                 shape = saved.shard_shape(degree, rank)
-                shard = self._places[pipe, rank].read(kind, local, Fragment(0, math.prod(shape))).view(shape)
+                shard = self._readers[pipe, rank].read(kind, local, Span(0, math.prod(shape))).view(shape)
                 parts.append(shard.narrow(saved.dim, low - first, high - low))
         if not parts:
             return torch.zeros(wanted.shard_shape(*tensor))
         whole = torch.cat(parts, saved.dim)
-        return whole if same else wanted.own(whole, *tensor)
+        return whole if same else wanted.take_shard(whole, *tensor)
 
     def buffers(self) -> dict[str, Tensor]:
         """Persistent buffers by their names in the whole model, as tensor rank 0 had them."""
         found: dict[str, Tensor] = {}
         for pipe in range(self.layout["pipe"]):
-            place = self._places[pipe, 0]
-            found |= {whole_name(name, self.model.layers): value for name, value in place.buffers().items()}
+            reader = self._readers[pipe, 0]
+            found |= {whole_name(name, self.model.layers): value for name, value in reader.buffers().items()}
         return found
 
     def open(self, name: str) -> Any:
         """What a file of the checkpoint holds."""
-        if name not in self._opened:
+        if name not in self._open_files:
             path = self._folder / name
-            self._opened[name] = TensorFile(path) if path.suffix == ".safetensors" else unpickling.load(path, mmap=True)
-        return self._opened[name]
+            self._open_files[name] = TensorFile(path) if path.suffix == ".safetensors" else unpickling.load(path, mmap=True)
+        return self._open_files[name]
 
     @cached_property
     def whole_kinds(self) -> set[str]:
@@ -154,7 +154,7 @@ class DeepSpeedState:
         return {path.name: parse(path.name) for path in sorted(self._folder.iterdir())}
 
 
-class _Place:
+class _ModelRankReader:
     """The files of one place on the pipe and tensor axes."""
 
     def __init__(self, state: DeepSpeedState, pipe: int, tensor: int):
@@ -167,16 +167,16 @@ class _Place:
         """Of the optimizer's tensors."""
         return tuple(dict.fromkeys(kind for entry in self._entries for kind, value in entry.items() if _is_tensor(kind, value)))
 
-    def read(self, kind: str, name: str, fragment: Fragment) -> Tensor:
+    def read(self, kind: str, name: str, span: Span) -> Tensor:
         if kind in self._state.whole_kinds:
-            return self._state.open(WeightsFile(kind, self._tensor, self._pipe).name).read_flat(name, *fragment).float()
-        if name in self._memory_of:
-            return self._memory_of[name].read(kind, name, fragment).float()
+            return self._state.open(WeightsFile(kind, self._tensor, self._pipe).name).read_flat(name, *span).float()
+        if name in self._group_of:
+            return self._group_of[name].read(kind, name, span).float()
         if kind != WEIGHT:
-            return torch.zeros(fragment.size)  # it is not trained
+            return torch.zeros(span.size)  # it is not trained
         if name in self._frozen:
-            return self._read_frozen(name, fragment).float()
-        return _part(self._weights[name], fragment).float()
+            return self._read_frozen(name, span).float()
+        return _elements(self._weights[name], span).float()
 
     def buffers(self) -> dict[str, Tensor]:
         """The persistent ones, by the module's names."""
@@ -232,7 +232,7 @@ class _Place:
     @cached_property
     def _inner_optimizer(self) -> Any:
         """The optimizer's own state dict; in ZeRO its first rank's."""
-        return _inner(self._wrapper)
+        return _unwrap(self._wrapper)
 
     @cached_property
     def _entries(self) -> list[Mapping[str, Any]]:
@@ -255,44 +255,44 @@ class _Place:
         """The shapes of parameters that ZeRO 2 and 3 keep apart, as they are not trained."""
         return self._model["frozen_param_shapes"] or {} if self._stage > 1 else {}
 
-    def _read_frozen(self, name: str, fragment: Fragment) -> Tensor:
+    def _read_frozen(self, name: str, span: Span) -> Tensor:
         if self._stage < 3:
-            return _part(self._model["frozen_param_fragments"][name], fragment)
+            return _elements(self._model["frozen_param_fragments"][name], span)
         files = [ModelFile(self._rank, rank) for rank in range(self._state.ranks)]
         parts = [self._state.open(file.name)["frozen_param_fragments"][name].reshape(-1) for file in files]
-        return _part(torch.cat(parts), fragment)
+        return _elements(torch.cat(parts), span)
 
     @cached_property
-    def _memories(self) -> list[_Memory]:
+    def _groups(self) -> list[_ParameterGroup]:
         order, ranks = self._state.model.order[self._pipe], self._state.ranks
         shapes = self._model["param_shapes"]
         if self._stage == 3:
             groups = [{name: math.prod(shape) for name, shape in group.items()} for group in shapes]
-            return [_Parts(self._optimizer, index, sizes, ranks) for index, sizes in enumerate(groups)]
+            return [_SplitParameters(self._optimizer, index, sizes, ranks) for index, sizes in enumerate(groups)]
         if self._optimizer_files:
             named = order if shapes is None else shapes
             groups = [{name: self._local_size(name) for name in group} for group in named]
-            return [_Range(self._optimizer, index, sizes) for index, sizes in enumerate(groups)]
+            return [_SplitGroup(self._optimizer, index, sizes) for index, sizes in enumerate(groups)]
         wrapper = self._wrapper
         if "fp32_groups_flat" in wrapper:
             groups = [{name: self._local_size(name) for name in group} for group in order]
-            return [_Flat(wrapper, index, sizes) for index, sizes in enumerate(groups)]
-        return [_Whole(wrapper, order, self._weights)]
+            return [_FlatGroup(wrapper, index, sizes) for index, sizes in enumerate(groups)]
+        return [_WholeParameters(wrapper, order, self._weights)]
 
     def _local_size(self, name: str) -> int:
         parameter = self._state.parameters[whole_name(name, self._layers)]
         return math.prod(parameter.shard_shape(self._state.layout["tensor"], self._tensor))
 
     @cached_property
-    def _memory_of(self) -> dict[str, _Memory]:
-        return {name: memory for memory in self._memories for name in memory.names}
+    def _group_of(self) -> dict[str, _ParameterGroup]:
+        return {name: group for group in self._groups for name in group.names}
 
 
-class _Whole:
+class _WholeParameters:
     """Each parameter has tensors of its own: the user's optimizer, or FP16_UnfusedOptimizer."""
 
     def __init__(self, wrapper: Any, order: Sequence[Sequence[str]], weights: Mapping[str, Tensor]):
-        groups, inner = wrapper.get("fp32_groups"), _inner(wrapper)
+        groups, inner = wrapper.get("fp32_groups"), _unwrap(wrapper)
         numbers = [number for group in inner["param_groups"] for number in group["params"]]
         self.names = [name for group in order for name in group]
         if len(numbers) != len(self.names):
@@ -301,26 +301,26 @@ class _Whole:
         masters = weights.values() if groups is None else (x for group in groups for x in group)
         self._weights = weights if groups is None else dict(zip(self.names, masters, strict=True))
 
-    def read(self, kind: str, name: str, fragment: Fragment) -> Tensor:
+    def read(self, kind: str, name: str, span: Span) -> Tensor:
         value = self._weights[name] if kind == WEIGHT else self._state[name].get(kind)
-        return torch.zeros(fragment.size) if value is None else _part(value, fragment)
+        return torch.zeros(span.size) if value is None else _elements(value, span)
 
 
-class _Flat:
+class _FlatGroup:
     """One flat tensor for a group of parameters: FP16_Optimizer."""
 
     def __init__(self, wrapper: Any, index: int, sizes: Mapping[str, int]):
         self.names, self._starts = list(sizes), _starts(sizes)
-        self._weights, self._state = wrapper["fp32_groups_flat"][index], _inner(wrapper)["state"].get(index, {})
+        self._weights, self._state = wrapper["fp32_groups_flat"][index], _unwrap(wrapper)["state"].get(index, {})
 
-    def read(self, kind: str, name: str, fragment: Fragment) -> Tensor:
+    def read(self, kind: str, name: str, span: Span) -> Tensor:
         value = self._weights if kind == WEIGHT else self._state.get(kind)
         if value is None:
-            return torch.zeros(fragment.size)
-        return _part(value, Fragment(self._starts[name] + fragment.start, fragment.size))
+            return torch.zeros(span.size)
+        return _elements(value, Span(self._starts[name] + span.start, span.size))
 
 
-class _Range:
+class _SplitGroup:
     """A flattened group in equal parts, a rank each: ZeRO 1 and 2. What pads the last part may be left out of the weights."""
 
     def __init__(self, optimizer: Callable[[int], Any], index: int, sizes: Mapping[str, int]):
@@ -330,47 +330,47 @@ class _Range:
     def _size(self) -> int:
         """Of a part."""
         first = self._optimizer(0)
-        tensors = [x for kind, x in _inner(first)["state"].get(self._index, {}).items() if _is_tensor(kind, x)]
+        tensors = [x for kind, x in _unwrap(first)["state"].get(self._index, {}).items() if _is_tensor(kind, x)]
         padding = first["group_paddings"][self._index]
         weights = first["single_partition_of_fp32_groups"][self._index]
         return tensors[0].numel() if tensors else weights.numel() + (padding if "zero_stage" in first else 0)
 
-    def read(self, kind: str, name: str, fragment: Fragment) -> Tensor:
-        first = self._starts[name] + fragment.start
+    def read(self, kind: str, name: str, span: Span) -> Tensor:
+        first = self._starts[name] + span.start
         found = []
-        for rank, part in _overlapping(first, fragment.size, self._size):
+        for rank, part in _divide_span(first, span.size, self._size):
             optimizer = self._optimizer(rank)
-            state = _inner(optimizer)["state"].get(self._index, {})
+            state = _unwrap(optimizer)["state"].get(self._index, {})
             value = optimizer["single_partition_of_fp32_groups"][self._index] if kind == WEIGHT else state.get(kind)
-            found.append(torch.zeros(part.size) if value is None else _part(value, part))
-        return _joined(found)
+            found.append(torch.zeros(part.size) if value is None else _elements(value, part))
+        return _join(found)
 
 
-class _Parts:
+class _SplitParameters:
     """Equal parts of each parameter, a rank each: ZeRO 3. What pads the last part is never read."""
 
     def __init__(self, optimizer: Callable[[int], Any], index: int, sizes: Mapping[str, int], ranks: int):
         self._sizes = {name: -(-size // ranks) for name, size in sizes.items()}
         self.names, self._starts, self._optimizer, self._index = list(sizes), _starts(self._sizes), optimizer, index
 
-    def read(self, kind: str, name: str, fragment: Fragment) -> Tensor:
+    def read(self, kind: str, name: str, span: Span) -> Tensor:
         found = []
-        for rank, part in _overlapping(fragment.start, fragment.size, self._sizes[name]):
+        for rank, part in _divide_span(span.start, span.size, self._sizes[name]):
             optimizer = self._optimizer(rank)
-            state = _inner(optimizer)["state"].get(self._index, {})
+            state = _unwrap(optimizer)["state"].get(self._index, {})
             value = optimizer["fp32_flat_groups"][self._index] if kind == WEIGHT else state.get(kind)
-            part = Fragment(self._starts[name] + part.start, part.size)
-            found.append(torch.zeros(part.size) if value is None else _part(value, part))
-        return _joined(found)
+            part = Span(self._starts[name] + part.start, part.size)
+            found.append(torch.zeros(part.size) if value is None else _elements(value, part))
+        return _join(found)
 
 
-def _overlapping(start: int, size: int, part: int) -> Iterator[tuple[int, Fragment]]:
+def _divide_span(start: int, size: int, part: int) -> Iterator[tuple[int, Span]]:
     """The parts of equal size in which ``size`` elements from ``start`` lie: their numbers, and which of their elements."""
     stop = start + size
     while start < stop:
         number, first = divmod(start, part)
         count = min(part - first, stop - start)
-        yield number, Fragment(first, count)
+        yield number, Span(first, count)
         start += count
 
 
@@ -382,19 +382,19 @@ def _starts(sizes: Mapping[str, int]) -> dict[str, int]:
     return starts
 
 
-def _part(x: Tensor, fragment: Fragment) -> Tensor:
+def _elements(x: Tensor, span: Span) -> Tensor:
     flat = x.detach().reshape(-1)
-    if fragment.start + fragment.size > flat.numel():
-        last = fragment.start + fragment.size
+    if span.start + span.size > flat.numel():
+        last = span.start + span.size
         raise RankError(f"a tensor of the checkpoint has {flat.numel()} elements instead of at least {last}; use another one")
-    return flat[fragment.start : fragment.start + fragment.size]
+    return flat[span.start : span.start + span.size]
 
 
-def _joined(parts: list[Tensor]) -> Tensor:
+def _join(parts: list[Tensor]) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat([torch.empty(0), *parts])
 
 
-def _inner(wrapper: Any) -> Any:
+def _unwrap(wrapper: Any) -> Any:
     """The optimizer's own state dict in what DeepSpeed's wrapper of it saved."""
     for key in ("base_optimizer_state", "optimizer_state_dict"):
         if key in wrapper:

@@ -10,7 +10,7 @@ from typing import IO
 
 
 @contextmanager
-def durable(path: Path) -> Iterator[IO[bytes]]:
+def durable_file(path: Path) -> Iterator[IO[bytes]]:
     """A file to write that gets its name when it is whole and on the disk: a crash leaves the old one, or none."""
     temporary = path.with_name(path.name + ".tmp")
     try:

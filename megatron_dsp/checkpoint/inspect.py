@@ -30,7 +30,7 @@ _PIECE = 2**22  # elements that are compared at once
 
 
 @dataclass(frozen=True)
-class Listed:
+class CheckpointEntry:
     """A checkpoint in a folder of several.
 
     Attributes:
@@ -102,7 +102,7 @@ class Description:
         }
 
 
-class Values(NamedTuple):
+class TensorDifference(NamedTuple):
     """How a tensor differs between two checkpoints.
 
     Attributes:
@@ -137,7 +137,7 @@ class Difference:
     shapes: Mapping[str, tuple[Sequence[int], Sequence[int]]]
     training: Mapping[str, tuple[Any, Any]]
     buffers: list[str]
-    values: list[Values]
+    values: list[TensorDifference]
     compared: int
 
     @property
@@ -151,7 +151,7 @@ class Difference:
         return {**asdict(self), "values": values, "equal": self.equal}
 
 
-def list_checkpoints(folder: Path, *, full: bool = False) -> tuple[list[Listed], list[str]]:
+def list_checkpoints(folder: Path, *, full: bool = False) -> tuple[list[CheckpointEntry], list[str]]:
     """The checkpoints in ``folder``, in the order in which ``--load`` tries them, and what is strange about ``latest``.
 
     Files are checked by their sizes, with ``full`` by their hashes too, as ``--load`` does. None where ``folder`` is a
@@ -167,7 +167,7 @@ def list_checkpoints(folder: Path, *, full: bool = False) -> tuple[list[Listed],
         iteration, saved = (None, None) if record is None else (record.progress["iteration"], record.saved)
         takes = not problems and not taken
         taken = taken or takes
-        found.append(Listed(path.name, iteration, saved, _sizes(path)[0], problems, path.name == named, takes))
+        found.append(CheckpointEntry(path.name, iteration, saved, _sizes(path)[0], problems, path.name == named, takes))
     return found, strange
 
 
@@ -177,12 +177,12 @@ def describe(folder: Path, *, full: bool = False) -> Description:
     Files are checked by their sizes where there is a manifest, with ``full`` by their hashes too. Where there is none, ``full``
     reads all tensors. Errors: UsageError where ``folder`` is no checkpoint.
     """
-    path, name = _place(folder)
+    path, name = _folder_and_format(folder)
     size, files = _sizes(path)
     if not (path / manifest.NAME).exists():
         if name is None:
             raise UsageError(f"{folder}: no checkpoint in one of the formats {', '.join(FORMATS)} is there; give its folder")
-        return _of_others(path, name, size, files, full)
+        return _describe_without_manifest(path, name, size, files, full)
     problems = manifest.check(path, hashes=full)
     checked = f"{'sizes and hashes' if full else 'sizes'} of all files"
     record = _manifest(path)
@@ -192,7 +192,7 @@ def describe(folder: Path, *, full: bool = False) -> Description:
     training = Training(iteration=record.progress["iteration"], consumed_samples=record.progress["consumed_samples"])
     if name is not None and not problems:
         try:
-            kinds, training = _told(path, name, record)
+            kinds, training = _kinds_and_training(path, name, record)
         except UsageError as error:
             problems = [str(error)]
     return Description(
@@ -229,7 +229,7 @@ def compare(first: Path, second: Path, progress: Callable[[int, int], None] = la
     for kind in kinds:
         found = []
         for name in same:
-            each = _values(kind, name, a.read(kind, name), b.read(kind, name))
+            each = _tensor_difference(kind, name, a.read(kind, name), b.read(kind, name))
             found += [each] if each.differing else []
             done += 4 * each.elements
             progress(done, total)
@@ -237,10 +237,12 @@ def compare(first: Path, second: Path, progress: Callable[[int, int], None] = la
     # Formats of others do not tell buffers from parameters.
     there = [{*each.parameters, *each.buffers} for each in (a, b)]
     buffers = sorted(name for name in (there[0] & there[1]) - {*names} if not _same_buffer(a, b, name))
-    return Difference((_only(a, b), _only(b, a)), other, _trainings(a, b), buffers, values, len(kinds) * len(same))
+    return Difference(
+        (_only_in(a, b), _only_in(b, a)), other, _training_difference(a, b), buffers, values, len(kinds) * len(same)
+    )
 
 
-def _place(folder: Path) -> tuple[Path, str | None]:
+def _folder_and_format(folder: Path) -> tuple[Path, str | None]:
     """Where a checkpoint's own files are, and its format. Errors: UsageError where there is no such folder."""
     if not folder.is_dir():
         raise UsageError(f"{folder}: no such folder; give the folder of a checkpoint")
@@ -255,7 +257,7 @@ def _place(folder: Path) -> tuple[Path, str | None]:
 
 
 def _source(folder: Path) -> Source:
-    path, name = _place(folder)
+    path, name = _folder_and_format(folder)
     if name is None:
         raise UsageError(f"{folder}: no checkpoint in one of the formats {', '.join(FORMATS)} is there; give its folder")
     return FORMATS[name].load(path)
@@ -274,7 +276,7 @@ def _sizes(folder: Path) -> tuple[int, int]:
     return sum(sizes), len(sizes)
 
 
-def _told(folder: Path, name: str, record: Manifest) -> tuple[tuple[str, ...], Training]:
+def _kinds_and_training(folder: Path, name: str, record: Manifest) -> tuple[tuple[str, ...], Training]:
     """What the files beside the manifest tell: the kinds of tensors, and the training. Errors: UsageError for damaged ones."""
     if name == "deepspeed":
         state = DeepSpeedState(folder, record)
@@ -286,7 +288,7 @@ def _told(folder: Path, name: str, record: Manifest) -> tuple[tuple[str, ...], T
         raise UsageError(f"{TRAINING} was changed: it does not tell what it should ({error})") from error
 
 
-def _of_others(folder: Path, name: str, size: int, files: int, full: bool) -> Description:
+def _describe_without_manifest(folder: Path, name: str, size: int, files: int, full: bool) -> Description:
     """A checkpoint without a manifest: what its own files tell."""
     if name == "deepspeed":
         problem = f"{manifest.NAME} is missing: it is not of this package, or was not saved to its end"
@@ -327,13 +329,13 @@ def _stored_precision(folder: Path) -> str | None:
     return ", ".join(names.short for names in DTYPES if names.short is not None and names.safetensors in found) or None
 
 
-def _only(a: Source, b: Source) -> list[str]:
+def _only_in(a: Source, b: Source) -> list[str]:
     """Names of parameters and buffers, and kinds of tensors, that ``a`` has and ``b`` does not."""
     names = [name for name in (*a.parameters, *a.buffers) if name not in b.parameters and name not in b.buffers]
     return [*names, *(f"all of the kind {kind}" for kind in a.kinds if kind not in b.kinds)]
 
 
-def _trainings(a: Source, b: Source) -> dict[str, tuple[Any, Any]]:
+def _training_difference(a: Source, b: Source) -> dict[str, tuple[Any, Any]]:
     """What differs in how far two had come. What one of them does not say is no difference."""
     if Training() in (a.training, b.training):
         return {}
@@ -346,7 +348,7 @@ def _trainings(a: Source, b: Source) -> dict[str, tuple[Any, Any]]:
     }
 
 
-def _values(kind: str, name: str, a: Tensor, b: Tensor) -> Values:
+def _tensor_difference(kind: str, name: str, a: Tensor, b: Tensor) -> TensorDifference:
     differing, absolute, relative = 0, 0.0, 0.0
     for x, y in zip(a.reshape(-1).split(_PIECE), b.reshape(-1).split(_PIECE), strict=True):
         other = x.view(torch.int32) != y.view(torch.int32)
@@ -358,7 +360,7 @@ def _values(kind: str, name: str, a: Tensor, b: Tensor) -> Values:
             differing += count
             absolute = max(absolute, float(gap.nan_to_num(math.inf, math.inf).max()))
             relative = max(relative, float(over.nan_to_num(math.inf, math.inf).max()))
-    return Values(kind, name, differing, a.numel(), absolute, relative)
+    return TensorDifference(kind, name, differing, a.numel(), absolute, relative)
 
 
 def _same_buffer(a: Source, b: Source, name: str) -> bool:

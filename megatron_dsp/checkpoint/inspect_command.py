@@ -18,10 +18,10 @@ from rich.table import Table
 from rich.text import Text
 
 from megatron_dsp.checkpoint.inspect import (
+    CheckpointEntry,
     Description,
     Difference,
-    Listed,
-    Values,
+    TensorDifference,
     compare,
     describe,
     list_checkpoints,
@@ -63,13 +63,13 @@ def run(given: argparse.Namespace) -> int:
         print(json.dumps(content, indent=1))
         return DAMAGED if problems else GOOD
     if listed:
-        console.print(_of_several(listed, given.path, given.full))
+        console.print(_checkpoints_table(listed, given.path, given.full))
     for line in strange:
         console.print(Text(f"note: {line}", "yellow"))
     for each in described:
-        console.print(_of_one(each))
+        console.print(_description_table(each))
         if each.parameters:
-            console.print(_tensors(each, given.tensors))
+            console.print(_parameters_table(each, given.tensors))
     for problem in problems:  # plain, so that a line stays one
         print(f"damaged: {problem}")
     return DAMAGED if problems else GOOD
@@ -87,21 +87,21 @@ def _compare(given: argparse.Namespace, console: Console) -> int:
     elif difference.equal:
         print(f"equal, bit by bit: {difference.compared:,} tensors in fp32, and how far the training had come where both tell")
     else:
-        for table in _of_difference(difference, given.tensors):
+        for table in _difference_tables(difference, given.tensors):
             console.print(table)
     return GOOD if difference.equal else DIFFERENT
 
 
-def _of_several(listed: Sequence[Listed], folder: Path, full: bool) -> Table:
+def _checkpoints_table(listed: Sequence[CheckpointEntry], folder: Path, full: bool) -> Table:
     table = _table(f"checkpoints in {folder}", "name", "iteration", "saved", "bytes", "state", "")
     for each in listed:
         state = Text("damaged", "red") if each.problems else Text("good" if full else "good by sizes", "green")
         marks = [mark for mark, is_so in (("latest", each.latest), ("--load takes it", each.taken)) if is_so]
-        _row(table, each.name, each.iteration, each.saved and each.saved[:19], f"{each.bytes:,}", state, ", ".join(marks))
+        _add_row(table, each.name, each.iteration, each.saved and each.saved[:19], f"{each.bytes:,}", state, ", ".join(marks))
     return table
 
 
-def _of_one(of: Description) -> Table:
+def _description_table(of: Description) -> Table:
     table = _table(str(of.path), "", "")
     layout, training = of.layout, of.training
     rows: list[tuple[str, object]] = [
@@ -124,38 +124,38 @@ def _of_one(of: Description) -> Table:
     ]
     for name, value in rows:
         if value is not None:
-            _row(table, name, value)
+            _add_row(table, name, value)
     return table
 
 
-def _tensors(of: Description, all_of_them: bool) -> Table:
+def _parameters_table(of: Description, all_of_them: bool) -> Table:
     table = _table("parameters of the whole model", "name", "shape", "divided by tensor along dim")
     for name, parameter in _first(of.parameters.items(), all_of_them):
-        _row(table, name, list(parameter.shape), parameter.dim)
-    _rest(table, len(of.parameters), all_of_them)
+        _add_row(table, name, list(parameter.shape), parameter.dim)
+    _add_rest(table, len(of.parameters), all_of_them)
     return table
 
 
-def _of_difference(difference: Difference, all_of_them: bool) -> Iterable[Table]:
+def _difference_tables(difference: Difference, all_of_them: bool) -> Iterable[Table]:
     for which, names in zip(("first", "second"), difference.only, strict=True):
         if names:
             table = _table(f"only in the {which}: {len(names):,}", "")
             for name in _first(names, all_of_them):
-                _row(table, name)
-            _rest(table, len(names), all_of_them)
+                _add_row(table, name)
+            _add_rest(table, len(names), all_of_them)
             yield table
     pairs = (("of other shapes", difference.shapes), ("training", difference.training))
     for title, entries in pairs:
         if entries:
             table = _table(title, "", "first", "second")
             for name, (first, second) in _first(entries.items(), all_of_them or title == "training"):
-                _row(table, name, first, second)
-            _rest(table, len(entries), all_of_them or title == "training")
+                _add_row(table, name, first, second)
+            _add_rest(table, len(entries), all_of_them or title == "training")
             yield table
     if difference.buffers:
-        yield _listed("buffers that differ", difference.buffers)
+        yield _lines_table("buffers that differ", difference.buffers)
     if not difference.values:
-        yield _listed("values", [f"equal, bit by bit, in all {difference.compared:,} tensors that were compared"])
+        yield _lines_table("values", [f"equal, bit by bit, in all {difference.compared:,} tensors that were compared"])
         return
     kinds = dict.fromkeys(each.kind for each in difference.values)
     table = _table(
@@ -163,25 +163,25 @@ def _of_difference(difference: Difference, all_of_them: bool) -> Iterable[Table]
     )
     for kind in kinds:
         of_kind = [each for each in difference.values if each.kind == kind]
-        _row(table, kind, *_largest(of_kind), f"{len(of_kind):,}")
+        _add_row(table, kind, *_largest(of_kind), f"{len(of_kind):,}")
     yield table
     table = _table("tensors that differ", "kind", "name", "absolute", "relative", "elements that differ")
     for each in _first(difference.values, all_of_them):
-        _row(table, each.kind, each.name, *_largest([each]), f"{each.differing:,} of {each.elements:,}")
-    _rest(table, len(difference.values), all_of_them)
+        _add_row(table, each.kind, each.name, *_largest([each]), f"{each.differing:,} of {each.elements:,}")
+    _add_rest(table, len(difference.values), all_of_them)
     yield table
 
 
-def _largest(values: Sequence[Values]) -> list[str]:
+def _largest(values: Sequence[TensorDifference]) -> list[str]:
     """The largest absolute and relative difference."""
     sizes = max(each.absolute for each in values), max(each.relative for each in values)
     return ["not finite" if size == math.inf else f"{size:.3g}" for size in sizes]
 
 
-def _listed(title: str, lines: Sequence[str]) -> Table:
+def _lines_table(title: str, lines: Sequence[str]) -> Table:
     table = _table(title, "")
     for line in lines:
-        _row(table, line)
+        _add_row(table, line)
     return table
 
 
@@ -190,9 +190,9 @@ def _first(items: Iterable[T], all_of_them: bool) -> list[T]:
     return found if all_of_them else found[:_FIRST]
 
 
-def _rest(table: Table, count: int, all_of_them: bool) -> None:
+def _add_rest(table: Table, count: int, all_of_them: bool) -> None:
     if count > _FIRST and not all_of_them:
-        _row(table, f"... and {count - _FIRST:,} more (--tensors)")
+        _add_row(table, f"... and {count - _FIRST:,} more (--tensors)")
 
 
 def _table(title: str, *columns: str) -> Table:
@@ -202,7 +202,7 @@ def _table(title: str, *columns: str) -> Table:
     return table
 
 
-def _row(table: Table, *cells: object) -> None:
+def _add_row(table: Table, *cells: object) -> None:
     """A row of texts as they are, without markup, and without what would steer a terminal."""
     texts = [cell if isinstance(cell, Text) else Text("" if cell is None else str(cell)) for cell in cells]
     for text in texts:

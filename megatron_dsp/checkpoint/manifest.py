@@ -16,7 +16,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from megatron_dsp.checkpoint.disk import durable
+from megatron_dsp.checkpoint.disk import durable_file
 from megatron_dsp.checkpoint.parameters import Model
 from megatron_dsp.checkpoint.state import AVERAGE, WEIGHT
 from megatron_dsp.errors import UsageError
@@ -85,7 +85,7 @@ class Manifest:
 
 def write(folder: Path, manifest: Manifest) -> None:
     """Write the manifest of the checkpoint in ``folder``; it is on the disk afterwards."""
-    with durable(folder / NAME) as file:
+    with durable_file(folder / NAME) as file:
         file.write(_text({"format": FORMAT, **asdict(manifest), "model": manifest.model.to_json()}))
 
 

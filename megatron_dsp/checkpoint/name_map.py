@@ -20,13 +20,13 @@ import torch
 from torch import Tensor
 
 from megatron_dsp.checkpoint.formats.source import Source, depth_first
-from megatron_dsp.checkpoint.parameters import divided_as
+from megatron_dsp.checkpoint.parameters import parameters_by_table
 from megatron_dsp.checkpoint.state import WEIGHT, Training
 from megatron_dsp.errors import UsageError
 
 SHIPPED = {path.stem: path for path in sorted((Path(__file__).parent / "name_maps").glob("*.json"))}
 _KEYS = {"about": str, "notes": list, "sizes": dict, "parameters": list, "left_out": list, "divided": dict}
-_PLACE = "{n}"  # in a name stands for a number that is the same in ours and theirs
+_NUMBER = "{n}"  # in a name stands for a number that is the same in ours and theirs
 
 
 class Entry(NamedTuple):
@@ -116,7 +116,7 @@ def read_name_map(given: str) -> NameMap:
     return found
 
 
-def renamed(source: Source, name_map: NameMap) -> tuple[Source, list[str]]:
+def apply_name_map(source: Source, name_map: NameMap) -> tuple[Source, list[str]]:
     """The weights of ``source`` as those of our model, and what a user should know of them, one line each.
 
     Errors: UsageError where the source is of another model: it lacks something, or has more than the map names, or other
@@ -128,8 +128,8 @@ def renamed(source: Source, name_map: NameMap) -> tuple[Source, list[str]]:
     pairs = [
         (entry, *names)
         for entry in name_map.parameters
-        for names in _expanded(entry, numbers)
-        if not entry.optional or any(theirs in shapes for _, theirs in _expanded(entry, numbers))
+        for names in _expand(entry, numbers)
+        if not entry.optional or any(theirs in shapes for _, theirs in _expand(entry, numbers))
     ]
     missing = [theirs for entry, _, theirs in pairs if theirs is not None and theirs not in shapes]
     if missing:
@@ -137,7 +137,7 @@ def renamed(source: Source, name_map: NameMap) -> tuple[Source, list[str]]:
             f"{flag}: the source lacks {len(missing)} of its parameters ({', '.join(missing[:4])}); it is not {name_map.about}"
         )
     sizes = {name: _size(theirs, dim, shapes, flag) for name, (theirs, dim) in name_map.sizes.items()}
-    made = {ours: partial(_made, entry, ours, theirs, sizes, flag) for entry, ours, theirs in pairs}
+    made = {ours: partial(_make, entry, ours, theirs, sizes, flag) for entry, ours, theirs in pairs}
     notes = [*name_map.notes, *_notes(name_map.parameters)]
     used = {theirs for _, _, theirs in pairs}
     left = [name for name in (*shapes, *source.buffers) if name not in used]
@@ -155,7 +155,7 @@ def renamed(source: Source, name_map: NameMap) -> tuple[Source, list[str]]:
         for name in depth_first(list(made))
     }
     ours_whole = Source(
-        divided_as(new_shapes, name_map.divided),
+        parameters_by_table(new_shapes, name_map.divided),
         (WEIGHT,),
         Training(),
         _layers(name_map, numbers),
@@ -176,21 +176,21 @@ def _numbers(name_map: NameMap, shapes: Mapping[str, Any]) -> list[int]:
     """Those that stand for ``{n}`` in names of the source."""
     found = set()
     for entry in name_map.parameters:
-        if entry.theirs is not None and _PLACE in entry.theirs:
-            pattern = re.compile(re.escape(entry.theirs).replace(re.escape(_PLACE), r"(\d+)", 1))
+        if entry.theirs is not None and _NUMBER in entry.theirs:
+            pattern = re.compile(re.escape(entry.theirs).replace(re.escape(_NUMBER), r"(\d+)", 1))
             found |= {int(match[1]) for name in shapes if (match := pattern.fullmatch(name))}
     return sorted(found)
 
 
-def _in(name: str, number: int) -> str:
-    return name.replace(_PLACE, str(number))
+def _fill_in(name: str, number: int) -> str:
+    return name.replace(_NUMBER, str(number))
 
 
-def _expanded(entry: Entry, numbers: Sequence[int]) -> list[tuple[str, str | None]]:
+def _expand(entry: Entry, numbers: Sequence[int]) -> list[tuple[str, str | None]]:
     """Our name and theirs, for each number where ``{n}`` is in them."""
-    if _PLACE not in entry.ours:
+    if _NUMBER not in entry.ours:
         return [(entry.ours, entry.theirs)]
-    return [(_in(entry.ours, each), None if entry.theirs is None else _in(entry.theirs, each)) for each in numbers]
+    return [(_fill_in(entry.ours, each), None if entry.theirs is None else _fill_in(entry.theirs, each)) for each in numbers]
 
 
 def _notes(entries: Sequence[Entry]) -> list[str]:
@@ -207,13 +207,13 @@ def _layers(name_map: NameMap, numbers: Sequence[int]) -> list[str] | None:
     """The layers of our pipeline: those with ``{n}``, which stand together, for one number after another."""
     if name_map.layers is None:
         return None
-    repeated = [layer for layer in name_map.layers if _PLACE in layer]
+    repeated = [layer for layer in name_map.layers if _NUMBER in layer]
     layers: list[str] = []
     for layer in name_map.layers:
         if layer not in repeated:
             layers.append(layer)
         elif layer == repeated[0]:
-            layers += [_in(each, number) for number in numbers for each in repeated]
+            layers += [_fill_in(each, number) for number in numbers for each in repeated]
     return layers
 
 
@@ -224,22 +224,22 @@ def _size(theirs: str, dim: int, shapes: Mapping[str, Sequence[int]], flag: str)
     return shape[dim]
 
 
-def _made(
+def _make(
     entry: Entry, ours: str, theirs: str | None, sizes: Mapping[str, int], flag: str, read: Callable[[str], Tensor]
 ) -> Tensor:
     """A parameter of ours, given what reads theirs. Errors: UsageError where the operations do not fit it."""
 
-    def given(value: Any) -> Any:
-        return [given(each) for each in value] if isinstance(value, list) else sizes.get(value, value)
+    def resolve(value: Any) -> Any:
+        return [resolve(each) for each in value] if isinstance(value, list) else sizes.get(value, value)
 
     if theirs is None:  # its values follow from its name
         generator = torch.Generator().manual_seed(zlib.crc32(ours.encode()))
-        return _VALUES[str(entry.values)](torch.empty(given(list(entry.shape))), generator)
+        return _VALUES[str(entry.values)](torch.empty(resolve(list(entry.shape))), generator)
     x = read(theirs)
     shape = list(x.shape)
     for name, *arguments in entry.operations:
         try:
-            x = _OPERATIONS[name](x, *map(given, arguments))
+            x = _OPERATIONS[name](x, *map(resolve, arguments))
         except (RuntimeError, IndexError, TypeError, ValueError) as error:
             reason = str(error).splitlines()[0]
             raise UsageError(

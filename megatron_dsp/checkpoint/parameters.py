@@ -31,7 +31,7 @@ class Parameter:
     shape: tuple[int, ...]
     dim: int | None = None
 
-    def shard(self, ranks: int, rank: int) -> tuple[int, int]:
+    def shard_range(self, ranks: int, rank: int) -> tuple[int, int]:
         """Where the shard of tensor rank ``rank`` of ``ranks`` starts and stops along ``dim``."""
         assert self.dim is not None  # only divided parameters have shards
         return shard_range(self.shape[self.dim], ranks, rank)
@@ -40,14 +40,14 @@ class Parameter:
         """The shape of what a tensor rank has."""
         if self.dim is None:
             return self.shape
-        start, stop = self.shard(ranks, rank)
+        start, stop = self.shard_range(ranks, rank)
         return (*self.shape[: self.dim], stop - start, *self.shape[self.dim + 1 :])
 
-    def own(self, whole: Tensor, ranks: int, rank: int) -> Tensor:
+    def take_shard(self, whole: Tensor, ranks: int, rank: int) -> Tensor:
         """What a tensor rank has of ``whole``: a view."""
         if self.dim is None:
             return whole
-        start, stop = self.shard(ranks, rank)
+        start, stop = self.shard_range(ranks, rank)
         return whole.narrow(self.dim, start, stop - start)
 
 
@@ -67,7 +67,7 @@ class Model:
     stages: Sequence[Sequence[int]]
     order: Sequence[Sequence[Sequence[str]]]
 
-    def place_of(self, name: str) -> tuple[int, str]:
+    def locate(self, name: str) -> tuple[int, str]:
         """The pipe rank that has a parameter or buffer of the whole model, and its name there."""
         if len(self.stages) == 1 and not self.stages[0]:
             return 0, name
@@ -85,7 +85,7 @@ class Model:
 
         Without it that tool joins shards along wrong dims, in silence.
         """
-        divided = {self.place_of(name)[1]: parameter.dim for name, parameter in self.parameters.items()}
+        divided = {self.locate(name)[1]: parameter.dim for name, parameter in self.parameters.items()}
 
         def patterns(dim: int | None) -> list[str]:
             return [f"{re.escape(name)}$" for name, of_name in divided.items() if of_name == dim]
@@ -143,7 +143,7 @@ def whole_name(name: str, layers: Sequence[str] | None) -> str:
     return f"{layers[int(number)]}.{rest}"
 
 
-def divided_as(shapes: Mapping[str, tuple[int, ...]], table: Mapping[str, int]) -> dict[str, Parameter]:
+def parameters_by_table(shapes: Mapping[str, tuple[int, ...]], table: Mapping[str, int]) -> dict[str, Parameter]:
     """Parameters of ``shapes``, divided along the dims that a table gives for patterns of names (``*.query.weight``: 0).
 
     Errors: UsageError for a pattern that matches nothing, for two that match one name, and for a dim that is not there.

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from megatron_dsp.checkpoint import manifest
-from megatron_dsp.checkpoint.disk import durable, sync
+from megatron_dsp.checkpoint.disk import durable_file, sync
 from megatron_dsp.checkpoint.file_names import STEP
 from megatron_dsp.checkpoint.manifest import Manifest
 from megatron_dsp.errors import UsageError
@@ -29,13 +29,13 @@ logger = logging.getLogger(__name__)
 def begin(folder: Path, tag: str) -> Path:
     """A new folder to write checkpoint ``tag`` into; what an earlier kill left in ``folder`` is removed."""
     folder.mkdir(parents=True, exist_ok=True)
-    _clean(folder)
-    path = folder / saving(tag)
+    _remove_leftovers(folder)
+    path = folder / temporary_name(tag)
     path.mkdir()
     return path
 
 
-def saving(tag: str) -> str:
+def temporary_name(tag: str) -> str:
     """The name that checkpoint ``tag`` has while it is written."""
     return f".{tag}.saving"
 
@@ -45,7 +45,7 @@ def publish(folder: Path, tag: str, record: Manifest, keep: int | None = None) -
 
     ``keep``: only the newest so many checkpoints of this package stay, this one included; None: all.
     """
-    new, path = folder / saving(tag), folder / tag
+    new, path = folder / temporary_name(tag), folder / tag
     for subfolder in {(new / name).parent for name in record.files} - {new}:
         sync(subfolder)
     manifest.write(new, record)  # which brings the names in the folder to the disk too
@@ -53,11 +53,11 @@ def publish(folder: Path, tag: str, record: Manifest, keep: int | None = None) -
         _set_aside(path)
     new.rename(path)
     sync(folder)
-    with durable(folder / POINTER) as file:
+    with durable_file(folder / POINTER) as file:
         file.write(tag.encode())
     old = [replaced for replaced in [folder / f".{tag}.replaced"] if replaced.exists()]
     if keep is not None:
-        others = [other for other, of_other in _ours(folder) if of_other is not None and other != path]
+        others = [other for other, of_other in _checkpoints(folder) if of_other is not None and other != path]
         old += others[keep - 1 :]
     for each in old:
         try:
@@ -68,8 +68,8 @@ def publish(folder: Path, tag: str, record: Manifest, keep: int | None = None) -
 
 def abandon(folder: Path, tag: str) -> None:
     """Remove what was written since `begin`."""
-    if (folder / saving(tag)).exists():
-        _delete(folder / saving(tag))
+    if (folder / temporary_name(tag)).exists():
+        _delete(folder / temporary_name(tag))
 
 
 def candidates(folder: Path) -> tuple[list[Path], list[str]]:
@@ -77,7 +77,7 @@ def candidates(folder: Path) -> tuple[list[Path], list[str]]:
 
     The best is the one that ``latest`` names; the others follow, the newest first.
     """
-    found, named = _ours(folder), pointer(folder)
+    found, named = _checkpoints(folder), pointer(folder)
     tags = [_tag(path) for path, _ in found]
     strange = []
     if tags and named is None:
@@ -114,7 +114,7 @@ def newest_good(
         problems = check(path)
         if not problems:
             return path, known
-        known.append(f"{_tag(path)} is damaged ({shortened(problems)})")
+        known.append(f"{_tag(path)} is damaged ({shorten(problems)})")
     if not paths:
         raise UsageError(
             f"--load {folder}: no checkpoint there{f' ({known[0]})' if known else ''}; give the folder of a --save"
@@ -122,13 +122,13 @@ def newest_good(
     raise UsageError(f"--load {folder}: no good checkpoint there: {'; '.join(known)}; give the folder of another --save")
 
 
-def shortened(problems: list[str]) -> str:
+def shorten(problems: list[str]) -> str:
     """The first few of them in one line."""
     more = f"; and {len(problems) - 8} more" if len(problems) > 8 else ""
     return "; ".join(problems[:8]) + more
 
 
-def _ours(folder: Path) -> list[tuple[Path, Manifest | None]]:
+def _checkpoints(folder: Path) -> list[tuple[Path, Manifest | None]]:
     """Checkpoints and their manifests, the one saved last first; before them those whose manifests cannot be read.
 
     A kill between two renames leaves a replaced checkpoint without its name, and the one that should have it without as well.
@@ -167,7 +167,7 @@ def _set_aside(path: Path) -> None:
     path.rename(aside)
 
 
-def _clean(folder: Path) -> None:
+def _remove_leftovers(folder: Path) -> None:
     """Remove what killed saves left; a replaced checkpoint whose successor never got its name has its own again."""
     for path in sorted(folder.iterdir()):
         match = _HIDDEN.fullmatch(path.name)

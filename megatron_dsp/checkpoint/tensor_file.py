@@ -18,7 +18,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from megatron_dsp.checkpoint.disk import durable
+from megatron_dsp.checkpoint.disk import durable_file
 from megatron_dsp.dtypes import NAMES_OF
 from megatron_dsp.errors import RankError
 
@@ -45,7 +45,7 @@ def create(
         header[name] = {"dtype": NAMES_OF[dtype].safetensors, "shape": list(shape), "data_offsets": [start, end]}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
-    with durable(path) as file:
+    with durable_file(path) as file:
         file.write(struct.pack("<Q", len(text)) + text)
         left = iter(tensors.items())
 

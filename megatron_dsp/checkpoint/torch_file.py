@@ -30,7 +30,7 @@ _LARGE = 0xFFFFFFFF  # stands for sizes and places of 4 GiB and more, which a zi
 _PADDING = 0x4246  # torch's name for a field of a zip header that only fills
 
 
-class Announced:
+class Placeholder:
     """A tensor in the content of a file that is being written; the file has its elements when they are appended."""
 
     def __init__(self, dtype: torch.dtype, shape: Sequence[int]):
@@ -48,9 +48,9 @@ class Announced:
 
 @dataclass(frozen=True)
 class _Storage:
-    """What a pickle of torch's has in the place of a tensor's elements."""
+    """What a pickle of torch's has instead of a tensor's elements."""
 
-    tensor: Announced
+    placeholder: Placeholder
 
 
 class _Pickler(pickle.Pickler):
@@ -58,23 +58,24 @@ class _Pickler(pickle.Pickler):
 
     def __init__(self, file: io.BytesIO):
         super().__init__(file, protocol=2)
-        self.tensors: list[Announced] = []
+        self.placeholders: list[Placeholder] = []
 
     def persistent_id(self, value: Any) -> Any:
         if not isinstance(value, _Storage):
             return None
-        self.tensors.append(value.tensor)
-        return "storage", NAMES_OF[value.tensor.dtype].storage, str(len(self.tensors) - 1), "cpu", value.tensor.size
+        placeholder = value.placeholder
+        self.placeholders.append(placeholder)
+        return "storage", NAMES_OF[placeholder.dtype].storage, str(len(self.placeholders) - 1), "cpu", placeholder.size
 
 
 class _Record:
     """A member of the archive."""
 
-    def __init__(self, name: str, place: int, size: int):
-        """``place``: where its header begins in the file."""
-        self._name, self._place, self.size = f"archive/{name}".encode(), place, size
+    def __init__(self, name: str, offset: int, size: int):
+        """``offset``: where its header begins in the file."""
+        self._name, self._offset, self.size = f"archive/{name}".encode(), offset, size
         self.written = self._checksum = 0
-        start = place + 30 + len(self._name) + len(self._large(size, size)) + 4
+        start = offset + 30 + len(self._name) + len(self._large_field(size, size)) + 4
         self._fill = struct.pack("<HH", _PADDING, -start % _ALIGNMENT) + b"Z" * (-start % _ALIGNMENT)
         self.start = start + -start % _ALIGNMENT
         self.stop = self.start + size
@@ -87,32 +88,33 @@ class _Record:
         self._checksum = zlib.crc32(data, self._checksum)
 
     @staticmethod
-    def _large(*values: int) -> bytes:
+    def _large_field(*values: int) -> bytes:
         """The field of those that do not fit where they belong."""
         large = [value for value in values if value >= _LARGE]
         return struct.pack(f"<HH{len(large)}Q", 1, 8 * len(large), *large) if large else b""
 
     def header(self) -> bytes:
         """What stands before its bytes."""
-        size, extra = min(self.size, _LARGE), self._large(self.size, self.size) + self._fill
+        size, extra = min(self.size, _LARGE), self._large_field(self.size, self.size) + self._fill
         fixed = struct.pack("<4s5H3L2H", b"PK\3\4", 45, 0, 0, 0, 33, self._checksum, size, size, len(self._name), len(extra))
         return fixed + self._name + extra
 
     def entry(self) -> bytes:
         """Its entry in the directory at the end."""
-        size, place, extra = min(self.size, _LARGE), min(self._place, _LARGE), self._large(self.size, self.size, self._place)
-        fields = 45, 45, 0, 0, 0, 33, self._checksum, size, size, len(self._name), len(extra), 0, 0, 0, 0, place
+        size, offset = min(self.size, _LARGE), min(self._offset, _LARGE)
+        extra = self._large_field(self.size, self.size, self._offset)
+        fields = 45, 45, 0, 0, 0, 33, self._checksum, size, size, len(self._name), len(extra), 0, 0, 0, 0, offset
         return struct.pack("<4s6H3L5H2L", b"PK\1\2", *fields) + self._name + extra
 
 
 class TorchFile:
     """A new file with ``content``, which ``torch.load`` reads when `close` has returned.
 
-    Tensors in ``content`` are `Announced`, each a storage of its own; everything else is pickled as ``torch.save`` does.
+    Tensors in ``content`` are placeholders, each a storage of its own; everything else is pickled as ``torch.save`` does.
     `append` may fill several tensors in turn. The file is not open between calls: a process cannot have many of them open.
 
     Attributes:
-        tensors: all that are announced in ``content``.
+        placeholders: all that are in ``content``.
     """
 
     def __init__(self, path: Path, content: Any):
@@ -122,24 +124,24 @@ class TorchFile:
         pickler.dump(content)
         texts = {"data.pkl": data.getvalue(), "byteorder": b"little", "version": b"3\n"}
         sizes = [(name, len(text)) for name, text in texts.items()]
-        sizes += [(f"data/{number}", tensor.size * tensor.dtype.itemsize) for number, tensor in enumerate(pickler.tensors)]
+        sizes += [(f"data/{number}", tensor.size * tensor.dtype.itemsize) for number, tensor in enumerate(pickler.placeholders)]
         self._records: list[_Record] = []
         for name, size in sizes:
             self._records.append(_Record(name, self._records[-1].stop if self._records else 0, size))
-        self.tensors = pickler.tensors
-        self._record_of = dict(zip(map(id, self.tensors), self._records[len(texts) :], strict=True))
+        self.placeholders = pickler.placeholders
+        self._record_of = dict(zip(map(id, self.placeholders), self._records[len(texts) :], strict=True))
         with path.open("w+b") as file:
             for record, text in zip(self._records, texts.values(), strict=False):
                 record.write(file, memoryview(text))
 
-    def append(self, announced: Announced, tensor: Tensor) -> None:
+    def append(self, placeholder: Placeholder, tensor: Tensor) -> None:
         """Write the next elements of a tensor, in the order of its memory; they are cast to its dtype."""
         if tensor.numel():
             with self.path.open("r+b") as file:
-                self._record_of[id(announced)].write(file, bytes_of(tensor.detach().to("cpu", announced.dtype)))
+                self._record_of[id(placeholder)].write(file, bytes_of(tensor.detach().to("cpu", placeholder.dtype)))
 
     def close(self) -> None:
-        """Bring the file to the disk. Errors: ValueError where a tensor has more or fewer elements than announced."""
+        """Bring the file to the disk. Errors: ValueError where a tensor has more or fewer elements than its placeholder."""
         for record in self._records:
             if record.written != record.size:
                 raise ValueError(f"{self.path}: {record.written:,} bytes of a record were written instead of {record.size:,}")
@@ -147,12 +149,12 @@ class TorchFile:
             for record in self._records:
                 file.seek(record.start - len(record.header()))
                 file.write(record.header())
-            place, count = self._records[-1].stop, len(self._records)
-            file.seek(place)
+            offset, count = self._records[-1].stop, len(self._records)
+            file.seek(offset)
             directory = b"".join(record.entry() for record in self._records)
-            end = struct.pack("<4sQ2H2L4Q", b"PK\6\6", 44, 45, 45, 0, 0, count, count, len(directory), place)
-            locator = struct.pack("<4sLQL", b"PK\6\7", 0, place + len(directory), 1)
-            few, short, near = min(count, 0xFFFF), min(len(directory), _LARGE), min(place, _LARGE)
+            end = struct.pack("<4sQ2H2L4Q", b"PK\6\6", 44, 45, 45, 0, 0, count, count, len(directory), offset)
+            locator = struct.pack("<4sLQL", b"PK\6\7", 0, offset + len(directory), 1)
+            few, short, near = min(count, 0xFFFF), min(len(directory), _LARGE), min(offset, _LARGE)
             file.write(directory + end + locator + struct.pack("<4s4H2LH", b"PK\5\6", 0, 0, few, few, short, near, 0))
             file.flush()
             os.fsync(file.fileno())

@@ -24,10 +24,10 @@ from megatron_dsp.errors import RankError
 
 _STORAGES = {f"torch.{names.storage.__name__}" for names in DTYPES} | {"torch.ComplexFloatStorage"}
 _TENSORS = {"collections.OrderedDict", "torch._utils._rebuild_tensor_v2", *_STORAGES}
-_FRAGMENT = "deepspeed.utils.tensor_fragment.fragment_address"
+_FRAGMENT_ADDRESS = "deepspeed.utils.tensor_fragment.fragment_address"
 _ALLOWED = {  # in files of these names
     LayerFile: _TENSORS,
-    ModelFile: _TENSORS | {"torch.Size", _FRAGMENT},
+    ModelFile: _TENSORS | {"torch.Size", _FRAGMENT_ADDRESS},
     OptimizerFile: _TENSORS
     | {
         "torch.Tensor",
@@ -36,7 +36,7 @@ _ALLOWED = {  # in files of these names
         "deepspeed.runtime.fp16.loss_scaler.LossScaler",
         "deepspeed.runtime.fp16.loss_scaler.DynamicLossScaler",
         "deepspeed.runtime.zero.config.ZeroStageEnum",
-        _FRAGMENT,
+        _FRAGMENT_ADDRESS,
     },
     UniversalFile: _TENSORS
     | {
@@ -67,7 +67,7 @@ def check_globals(path: Path) -> set[str]:
         raise RankError(f"{path} is not opened: none of DeepSpeed's checkpoint files has such a name; remove it")
     try:
         with path.open("rb") as file:
-            return _check(file, str(path), str(path), allowed)
+            return _check_archive(file, str(path), str(path), allowed)
     except OSError as error:
         raise RankError(f"{path} is not opened: {error}; use another checkpoint") from error
 
@@ -77,7 +77,7 @@ def load_tensor(data: io.BytesIO, what: str) -> Tensor:
 
     Errors: as `check_globals`.
     """
-    _check(data, data, what, _TENSORS)
+    _check_archive(data, data, what, _TENSORS)
     data.seek(0)
     try:
         return torch.load(data, weights_only=True)
@@ -85,7 +85,7 @@ def load_tensor(data: io.BytesIO, what: str) -> Tensor:
         raise RankError(f"{what} is refused by torch's restricted unpickler; use a checkpoint that you trust") from error
 
 
-def _check(file: IO[bytes], archive: Any, what: str, allowed: set[str]) -> set[str]:
+def _check_archive(file: IO[bytes], archive: Any, what: str, allowed: set[str]) -> set[str]:
     """The globals of a file, all of them ``allowed``; ``archive``: what torch opens it by. Errors: RankError."""
     try:
         if file.read(4) != b"PK\x03\x04":

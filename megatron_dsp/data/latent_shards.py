@@ -147,9 +147,9 @@ class LatentShards:
             raise ValueError(f"has no latent for sample {name!r}, which has {' and '.join(parts)}")
         if "mask" in parts and "text" not in parts:
             raise ValueError(f"has a mask and no text for sample {name!r}")
-        latent = _checked(name, "latent", parts["latent"], FLOATS, (3, 4))
-        text = _checked(name, "text", parts["text"], FLOATS, (2,)) if "text" in parts else None
-        mask = _checked(name, "mask", parts["mask"], MASKS, (1,)) if "mask" in parts else None
+        latent = _check_tensor(name, "latent", parts["latent"], FLOATS, (3, 4))
+        text = _check_tensor(name, "text", parts["text"], FLOATS, (2,)) if "text" in parts else None
+        mask = _check_tensor(name, "mask", parts["mask"], MASKS, (1,)) if "mask" in parts else None
         if 0 in latent.shape:
             raise ValueError(f"has an empty latent for sample {name!r}: {list(latent.shape)}")
         if text is not None and mask is not None and mask.shape[0] != text.shape[0]:
@@ -210,7 +210,7 @@ def _tar_index(file: BinaryIO, size: int) -> dict[str, StoredTensor | str]:
     return tensors
 
 
-def _checked(
+def _check_tensor(
     name: str, part: str, tensor: StoredTensor | str, dtypes: tuple[torch.dtype, ...], dims: tuple[int, ...]
 ) -> StoredTensor:
     if isinstance(tensor, str) or tensor.dtype not in dtypes:

@@ -57,7 +57,7 @@ class StoredTensor(NamedTuple):
             return part
         row = math.prod(self.shape[dim + 1 :]) * self.dtype.itemsize
         length = (stop - start) * row
-        content, source = part.view(-1).view(torch.uint8).numpy().data, _opened(file)
+        content, source = part.view(-1).view(torch.uint8).numpy().data, _open_file(file)
         for piece in range(math.prod(self.shape[:dim])):
             source.read_into(
                 content[piece * length : (piece + 1) * length], self.offset + (piece * self.shape[dim] + start) * row
@@ -88,7 +88,7 @@ class _OpenFile:
 
 
 @lru_cache(maxsize=32)
-def _opened(file: FileState) -> _OpenFile:
+def _open_file(file: FileState) -> _OpenFile:
     """The open file; the least recently used of the process are closed when they are too many."""
     return _OpenFile(file)
 
@@ -103,7 +103,7 @@ def safetensors_header(file: BinaryIO, start: int, stop: int) -> dict[str, Store
     if data > stop:
         raise ValueError(f"is cut off, or not a safetensors file: its header of {length} bytes is not whole")
     try:
-        header = json.loads(file.read(length), object_pairs_hook=_unique)
+        header = json.loads(file.read(length), object_pairs_hook=_unique_entries)
     except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ValueError(f"is not a safetensors file: its header is not JSON ({error})") from error
     if not isinstance(header, dict):
@@ -132,7 +132,7 @@ def safetensors_header(file: BinaryIO, start: int, stop: int) -> dict[str, Store
     return tensors
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _unique_entries(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     entries = dict(pairs)
     if len(entries) != len(pairs):
         names = [name for name, _ in pairs]

@@ -34,7 +34,7 @@ from megatron_dsp.errors import RankError, UsageError
 from megatron_dsp.mesh import AXES, Mesh, RankGrid
 from megatron_dsp.training import master_weights, rng
 from megatron_dsp.training.ema import EMA
-from megatron_dsp.training.engine_state import Fragments, check_model, model_of, put
+from megatron_dsp.training.engine_state import CheckpointReader, check_model, model_of, restore
 from megatron_dsp.training.master_weights import MasterWeights
 
 _T = TypeVar("_T")
@@ -62,16 +62,16 @@ def save(engine: Any, folder: Path, progress: Progress, mesh: Mesh, ema: EMA | N
     if keep is not None and keep < 1:
         raise UsageError(f"keep={keep}: at least the checkpoint that is saved stays; give 1 or more, or None for all")
     tag = step_folder(progress.iteration)
-    path = folder / store.saving(tag)
+    path = folder / store.temporary_name(tag)
     what = f"--save {folder}: {tag} is not saved, and the checkpoint before it stays the latest"
     try:
         _on_rank_0(what, lambda: store.begin(folder, tag))
-        _together(what, lambda: _sizes(path, [""]))  # of the folder itself, to see that it is the same on all hosts
-        files, model = _Files(engine.checkpoint_engine, path), model_of(engine, mesh)
+        _on_all_ranks(what, lambda: _sizes(path, [""]))  # of the folder itself, to see that it is the same on all hosts
+        files, model = _CheckpointEngine(engine.checkpoint_engine, path), model_of(engine, mesh)
         contents = _write(engine, files, progress, mesh, model, ema)
-        names = {name for of_rank in _together(what, files.finish) for name in of_rank}
+        names = {name for of_rank in _on_all_ranks(what, files.finish) for name in of_rank}
         sizes = _on_rank_0(what, lambda: _sizes(path, names))
-        hashes = _together(what, lambda: _hashes(path, _own(sizes)))
+        hashes = _on_all_ranks(what, lambda: _hashes(path, _own_share(sizes)))
         stored = {name: Stored(sizes[name], digest) for of_rank in hashes for name, digest in of_rank.items()}
         record = Manifest.new(asdict(progress), _layout(engine, mesh), _precision(engine), contents, model, stored)
         _on_rank_0(what, lambda: store.publish(folder, tag, record, keep))
@@ -134,27 +134,27 @@ def load(
         )
     random_file = _random_file_for(mesh, record, folder) if random_numbers else None
     pickles = {name: stored.size for name, stored in record.files.items() if name.endswith(".pt")}
-    _together(what, lambda: [unpickling.check_globals(path / name) for name in _own(pickles)])
+    _on_all_ranks(what, lambda: [unpickling.check_globals(path / name) for name in _own_share(pickles)])
     state = DeepSpeedState(path, record)
-    if optimizer and _reads_its_own(engine, mesh, record):
-        with _plugged(engine, _Files(engine.checkpoint_engine, path)):
+    if optimizer and _deepspeed_can_load(engine, mesh, record):
+        with _replace_checkpoint_engine(engine, _CheckpointEngine(engine.checkpoint_engine, path)):
             loaded, _ = engine.load_checkpoint(str(path.parent), tag=path.name)
         if loaded is None:
             raise UsageError(f"--load {folder}: DeepSpeed could not load {path.name!r}; its own message says what is missing")
     else:
         check_model(state, engine.module, mesh)
-        _together(what, lambda: put(engine, mesh, state, optimizer=optimizer))
+        _on_all_ranks(what, lambda: restore(engine, mesh, state, optimizer=optimizer))
         MasterWeights(engine, mesh).publish()
     if ema is not None:
-        _together(what, lambda: ema.load(Fragments(state, AVERAGE, engine.module, mesh)))
+        _on_all_ranks(what, lambda: ema.load(CheckpointReader(state, AVERAGE, engine.module, mesh)))
     if random_file is not None:
-        _together(what, lambda: rng.load(path / random_file, mesh))
+        _on_all_ranks(what, lambda: rng.load(path / random_file, mesh))
     elif not random_numbers:
         rng.restart(mesh, record.progress["iteration"])
     return Progress(**record.progress)
 
 
-def _reads_its_own(engine: Any, mesh: Mesh, record: Manifest) -> bool:
+def _deepspeed_can_load(engine: Any, mesh: Mesh, record: Manifest) -> bool:
     """Whether DeepSpeed itself can load the checkpoint: what it saved at these degrees, but not all of that.
 
     It goes by the order of parameters in the optimizer, not by names. Collective over the pipe axis.
@@ -202,24 +202,24 @@ def load_weights(module: nn.Module, folder: Path, mesh: Mesh, *, ema: bool) -> P
         raise UsageError(f"--load {folder}: its checkpoint {path.name!r} has no {content}; give ema={not ema} or another")
     state = DeepSpeedState(path, record)
     check_model(state, module, mesh)
-    fragments = Fragments(state, kind, module, mesh)
+    reader = CheckpointReader(state, kind, module, mesh)
     for name, parameter in module.named_parameters():
-        parameter.copy_(fragments.read_flat(name, 0, parameter.numel()).view_as(parameter))
+        parameter.copy_(reader.read_flat(name, 0, parameter.numel()).view_as(parameter))
     buffers, names = state.buffers(), whole_names(module)
     for name, buffer in master_weights.persistent_buffers(module).items():
         buffer.copy_(buffers[names[name]])
     return Progress(**record.progress)
 
 
-class _Files:
-    """What DeepSpeed's engine writes and reads files with while `save` and `load` run; also, what this rank has written.
+class _CheckpointEngine:
+    """Writes and reads DeepSpeed's files while `save` and `load` run, in place of its own; knows what this rank has written.
 
     Attributes:
         folder: of the checkpoint.
     """
 
     def __init__(self, own: Any, folder: Path):
-        """``own``: what the engine has for it otherwise."""
+        """``own``: DeepSpeed's."""
         self.folder = folder
         self._own = own
         self._written: list[str] = []
@@ -229,14 +229,14 @@ class _Files:
         return getattr(self._own, name)
 
     @contextmanager
-    def writing(self, path: Path) -> Iterator[None]:
+    def write_file(self, path: Path) -> Iterator[None]:
         """A block that writes a file of the checkpoint. That it could not is remembered, and raised by `finish`."""
-        with self.remembering():
+        with self.delay_errors():
             yield
             self._written.append(path.relative_to(self.folder).as_posix())
 
     @contextmanager
-    def remembering(self) -> Iterator[None]:
+    def delay_errors(self) -> Iterator[None]:
         """A block in which files may be written. That one could not is raised by `finish`."""
         try:
             yield
@@ -251,7 +251,7 @@ class _Files:
 
     def save(self, state_dict: Any, path: str) -> None:
         """Write a file of DeepSpeed's; it is on the disk afterwards, and `load` will take it."""
-        with self.writing(Path(path)):
+        with self.write_file(Path(path)):
             with Path(path).open("wb") as file:
                 try:
                     torch.save(state_dict, file)
@@ -268,12 +268,12 @@ class _Files:
 
 
 @contextmanager
-def _plugged(engine: Any, files: _Files) -> Iterator[None]:
+def _replace_checkpoint_engine(engine: Any, files: _CheckpointEngine) -> Iterator[None]:
     """Let the engine write and read through ``files``, and not raise where it copies its scripts beside checkpoints."""
     own, copy = engine.checkpoint_engine, engine._copy_recovery_script
 
     def copy_recovery_script(folder: str) -> None:
-        with files.remembering():
+        with files.delay_errors():
             copy(folder)
 
     engine.checkpoint_engine, engine._copy_recovery_script = files, copy_recovery_script
@@ -284,35 +284,35 @@ def _plugged(engine: Any, files: _Files) -> Iterator[None]:
         del engine._copy_recovery_script
 
 
-def _write(engine: Any, files: _Files, progress: Progress, mesh: Mesh, model: Model, ema: EMA | None) -> list[str]:
+def _write(engine: Any, files: _CheckpointEngine, progress: Progress, mesh: Mesh, model: Model, ema: EMA | None) -> list[str]:
     """Write this rank's files; the contents beside DeepSpeed's."""
     metadata = {"iteration": str(progress.iteration), **{axis: str(mesh.size(axis)) for axis in AXES}}
     contents = ["optimizer", "random numbers"]
     path = files.folder / random_numbers_file(dist.get_rank())
-    with files.writing(path):
+    with files.write_file(path):
         rng.save(path, mesh)
     if ema is not None:
         path = files.folder / _weights_file(AVERAGE, mesh)
-        with files.writing(path):
+        with files.write_file(path):
             ema.save(path, metadata)
         contents.append(CONTENTS[AVERAGE])
     if master_weights.reason_against(engine) is None:
         weights = MasterWeights(engine, mesh)
         path = files.folder / _weights_file(WEIGHT, mesh)
-        with files.writing(path):
+        with files.write_file(path):
             weights.save(path, weights.tensors(), metadata)
         contents.append(CONTENTS[WEIGHT])
-    with _plugged(engine, files), _told(engine.module, model):
+    with _replace_checkpoint_engine(engine, files), _attach_universal_info(engine.module, model):
         engine.save_checkpoint(str(files.folder.parent), tag=files.folder.name, save_latest=False)
     for path in files.folder.glob("offloaded_tensors/**/*"):  # of NVMe offload, which DeepSpeed copies there
         if path.is_file():
-            with files.writing(path):
+            with files.write_file(path):
                 sync(path)
     return contents
 
 
 @contextmanager
-def _told(module: nn.Module, model: Model) -> Iterator[None]:
+def _attach_universal_info(module: nn.Module, model: Model) -> Iterator[None]:
     """A module that has what DeepSpeed writes into checkpoints for ds_to_universal, its own if it has one."""
     name = "universal_checkpoint_info"
     if hasattr(module, name):
@@ -326,17 +326,17 @@ def _told(module: nn.Module, model: Model) -> Iterator[None]:
 
 
 def _sizes(folder: Path, names: Iterable[str]) -> dict[str, int]:
-    with _seeing():
+    with _explain_missing_files():
         return {name: (folder / name).stat().st_size for name in sorted(names)}
 
 
 def _hashes(folder: Path, names: Iterable[str]) -> dict[str, str]:
-    with _seeing():
+    with _explain_missing_files():
         return {name: manifest.sha256(folder / name) for name in names}
 
 
 @contextmanager
-def _seeing() -> Iterator[None]:
+def _explain_missing_files() -> Iterator[None]:
     """Reading of files that other ranks have written."""
     try:
         yield
@@ -347,7 +347,7 @@ def _seeing() -> Iterator[None]:
         ) from error
 
 
-def _own(sizes: Mapping[str, int]) -> list[str]:
+def _own_share(sizes: Mapping[str, int]) -> list[str]:
     """This rank's part of files, given all of them with their sizes."""
     return manifest.divide(sizes, dist.get_world_size())[dist.get_rank()]
 
@@ -375,8 +375,8 @@ def _newest_good(folder: Path, wanted: Callable[[str], bool] = lambda name: True
         if record is None or problems:
             return problems
         records[path] = record
-        names = _own({name: stored.size for name, stored in record.files.items() if wanted(name)})
-        of_ranks = _together(what, lambda: manifest.check_hashes(path, record, names))
+        names = _own_share({name: stored.size for name, stored in record.files.items() if wanted(name)})
+        of_ranks = _on_all_ranks(what, lambda: manifest.check_hashes(path, record, names))
         return [problem for of_rank in of_ranks for problem in of_rank]
 
     found = _on_rank_0(what, lambda: store.candidates(folder))
@@ -386,19 +386,19 @@ def _newest_good(folder: Path, wanted: Callable[[str], bool] = lambda name: True
     return path, records[path]
 
 
-def _together(what: str, part: Callable[[], _T]) -> list[_T]:
-    """What ``part`` returns on each rank; where it fails on one, the same UsageError on all. Collective over all ranks."""
+def _on_all_ranks(what: str, work: Callable[[], _T]) -> list[_T]:
+    """What ``work`` returns on each rank; where it fails on one, the same UsageError on all. Collective over all ranks."""
     outcomes: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(outcomes, _outcome(what, part))
+    dist.all_gather_object(outcomes, _attempt(what, work))
     for _, failure in outcomes:
         if failure is not None:
             raise UsageError(failure)
     return [answer for answer, _ in outcomes]
 
 
-def _on_rank_0(what: str, part: Callable[[], _T]) -> _T:
-    """What ``part`` returns on rank 0, where alone it runs; its errors come to all. Collective over all ranks."""
-    outcome: list[Any] = [_outcome(what, part) if dist.get_rank() == 0 else None]
+def _on_rank_0(what: str, work: Callable[[], _T]) -> _T:
+    """What ``work`` returns on rank 0, where alone it runs; its errors come to all. Collective over all ranks."""
+    outcome: list[Any] = [_attempt(what, work) if dist.get_rank() == 0 else None]
     dist.broadcast_object_list(outcome, src=0)
     answer, failure = outcome[0]
     if failure is not None:
@@ -406,10 +406,10 @@ def _on_rank_0(what: str, part: Callable[[], _T]) -> _T:
     return answer
 
 
-def _outcome(what: str, part: Callable[[], _T]) -> tuple[_T | None, str | None]:
-    """What ``part`` returns, or what there is to say of its failure."""
+def _attempt(what: str, work: Callable[[], _T]) -> tuple[_T | None, str | None]:
+    """What ``work`` returns, or what there is to say of its failure."""
     try:
-        return part(), None
+        return work(), None
     except RankError as error:
         return None, f"{what}: rank {dist.get_rank()}: {error}"
     except UsageError as error:

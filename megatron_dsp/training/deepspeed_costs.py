@@ -35,7 +35,7 @@ _MOMENTS = 2  # of AdamW, a weight
 _DTYPES = {name: dtype for short, dtype in PRECISIONS.items() for name in (short, NAMES_OF[dtype].name)}  # of ds_configs
 
 
-class Kept(NamedTuple):
+class StateBytes(NamedTuple):
     """Bytes that a rank keeps from step to step. ``gradients`` and ``buckets`` are those of the end of backward.
 
     Attributes:
@@ -116,27 +116,27 @@ class DeepSpeedCosts:
             kept_beside=_MOMENTS + ema,
         )
 
-    def kept(self, parameters: list[int], ranks: int, micro_batches: int) -> Kept:
+    def kept(self, parameters: list[int], ranks: int, micro_batches: int) -> StateBytes:
         """What a rank keeps of parameters with so many elements each, in the order in which they run; N = ``ranks``."""
         count, width = sum(parameters), self.dtype.itemsize
         if self.stage == 0:
-            return Kept(count * width, count * self.accumulate.itemsize, self.kept_beside * count * _FP32, 0)
+            return StateBytes(count * width, count * self.accumulate.itemsize, self.kept_beside * count * _FP32, 0)
         if self.stage == 3:
             part = sum(-(-size // ranks) for size in parameters)
-            whole = sum(self._persistent(parameters)) + sum(self._reused(parameters))
-            return Kept(
+            whole = sum(self._persistent_sizes(parameters)) + sum(self._reused_sizes(parameters))
+            return StateBytes(
                 (part + whole) * width,
                 part * self.accumulate.itemsize,
                 (1 + self.kept_beside) * part * _FP32,
                 self.bucket * self.communicate.itemsize,
             )
-        flat = _aligned(count, ranks)
+        flat = _aligned_size(count, ranks)
         optimizer = (1 + self.kept_beside) * flat // ranks * _FP32
         if self.stage == 2:
             gradients = self._partition(parameters, flat // ranks, micro_batches)
-            return Kept(flat * width, gradients, optimizer, self._bucket_bytes(width))
+            return StateBytes(flat * width, gradients, optimizer, self._bucket_bytes(width))
         gradients = (flat if self.buckets == 0 else count) * self.accumulate.itemsize + self.keeps_both * count * width
-        return Kept(flat * width, gradients, optimizer, self._bucket_bytes(self.accumulate.itemsize))
+        return StateBytes(flat * width, gradients, optimizer, self._bucket_bytes(self.accumulate.itemsize))
 
     def sent(self, parameters: list[int], ranks: int, micro_batches: int) -> int:
         """Bytes that a rank sends to others of its N = ``ranks`` in a step of so many micro-batches."""
@@ -145,14 +145,14 @@ class DeepSpeedCosts:
         if self.stage == 0:
             return reduced
         if self.stage < 3:
-            gathered = (ranks - 1) * (_aligned(count, ranks) // ranks) * width
+            gathered = (ranks - 1) * (_aligned_size(count, ranks) // ranks) * width
             return reduced * (micro_batches if self.stage == 2 else 1) + gathered
         parts = [-(-size // ranks) for size in parameters]
-        persistent = [size > 0 for size in self._persistent(parameters)]
-        reused = [size > 0 for size in self._reused(parameters)]
-        gathered = sum(part for part, kept in zip(parts, persistent, strict=True) if kept) * width  # after the step
-        for part, kept, once in zip(parts, persistent, reused, strict=True):
-            gathered += 0 if kept else part * width * micro_batches * (1 if once else 2)  # forward, and backward
+        persistent = [size > 0 for size in self._persistent_sizes(parameters)]
+        reused = [size > 0 for size in self._reused_sizes(parameters)]
+        gathered = sum(part for part, stays in zip(parts, persistent, strict=True) if stays) * width  # after the step
+        for part, stays, once in zip(parts, persistent, reused, strict=True):
+            gathered += 0 if stays else part * width * micro_batches * (1 if once else 2)  # forward, and backward
         return (ranks - 1) * (gathered + sum(parts) * self.communicate.itemsize * micro_batches)
 
     def _bucket_bytes(self, width: int) -> int:
@@ -166,7 +166,7 @@ class DeepSpeedCosts:
         ends = itertools.accumulate(parameters)
         return next(end for end in ends if end >= min(part, sum(parameters))) * self.accumulate.itemsize * min(micro_batches, 2)
 
-    def _persistent(self, parameters: list[int]) -> list[int]:
+    def _persistent_sizes(self, parameters: list[int]) -> list[int]:
         """Of each parameter, the elements that stay whole throughout, 0 or all."""
         total, sizes = 0, []
         for size in parameters:
@@ -175,17 +175,17 @@ class DeepSpeedCosts:
             sizes.append(size if stays else 0)
         return sizes
 
-    def _reused(self, parameters: list[int]) -> list[int]:
+    def _reused_sizes(self, parameters: list[int]) -> list[int]:
         """Of each other parameter, the elements that stay whole from forward to backward, 0 or all."""
         after, sizes = 0, []  # backward comes back to a parameter after twice what is after it in forward
-        for size, persistent in zip(reversed(parameters), reversed(self._persistent(parameters)), strict=True):
+        for size, persistent in zip(reversed(parameters), reversed(self._persistent_sizes(parameters)), strict=True):
             stays = not persistent and (2 * after < self.reuse or after < self.prefetch)
             sizes.append(size if stays else 0)
             after += size
         return sizes[::-1]
 
 
-def _aligned(count: int, ranks: int) -> int:
+def _aligned_size(count: int, ranks: int) -> int:
     """Elements of a flat buffer that is cut into equal parts; each begins at a multiple of two elements."""
     return math.ceil(count / (2 * ranks)) * 2 * ranks
 

@@ -29,7 +29,7 @@ from megatron_dsp.models.video_dit import DIMS, VideoDiT, VideoDiTConfig
 from megatron_dsp.reshard import ledger
 from megatron_dsp.tensor import TensorParallel
 from megatron_dsp.training import rectified_flow
-from megatron_dsp.training.deepspeed_costs import DeepSpeedCosts, Kept
+from megatron_dsp.training.deepspeed_costs import DeepSpeedCosts, StateBytes
 from megatron_dsp.training.fake_world import Collective, SavedTensors, Watch, fake_world
 
 
@@ -91,7 +91,7 @@ class RankCosts:
     rank: int
     stage: int
     parameters: int
-    kept: Kept
+    kept: StateBytes
     activations: int
     working: int
     saved: int

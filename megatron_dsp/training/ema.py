@@ -11,7 +11,7 @@ import torch
 
 from megatron_dsp.errors import UsageError
 from megatron_dsp.mesh import Mesh
-from megatron_dsp.training.master_weights import Flat, MasterWeights
+from megatron_dsp.training.master_weights import FlatReader, MasterWeights
 
 _CHUNK = 2**22  # elements that an exchange copies aside
 
@@ -77,7 +77,7 @@ class EMA:
         self._check_not_applied("save")
         self._weights.save(path, self._average, {**metadata, "decay": repr(self.decay)})
 
-    def load(self, source: Flat) -> None:
+    def load(self, source: FlatReader) -> None:
         """Take the average from ``source``, of this model. The decay stays this one's."""
         self._check_not_applied("load")
         self._weights.load(source, self._average)
@@ -90,7 +90,7 @@ class EMA:
     def _exchange(self) -> None:
         for weights, average in zip(self._weights.tensors(), self._average, strict=True):
             for one, other in zip(weights.view(-1).split(_CHUNK), average.view(-1).split(_CHUNK), strict=True):
-                kept = one.clone()
+                copy = one.clone()
                 one.copy_(other)
-                other.copy_(kept)
+                other.copy_(copy)
         self._weights.publish()

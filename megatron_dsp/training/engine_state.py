@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_dsp.checkpoint.deepspeed_files import DeepSpeedState, Fragment
+from megatron_dsp.checkpoint.deepspeed_files import DeepSpeedState, Span
 from megatron_dsp.checkpoint.parameters import Model, parameters_of, whole_names
 from megatron_dsp.checkpoint.state import AVERAGE, WEIGHT, Training
 from megatron_dsp.errors import UsageError
@@ -49,7 +49,7 @@ def _order(engine: Any) -> list[list[str]]:
     return [[names[id(parameter)] for parameter in group["params"]] for group in engine.optimizer.param_groups]
 
 
-class Fragments:
+class CheckpointReader:
     """What this rank has of the tensors of one kind, as `MasterWeights.load` asks for them, by the module's names."""
 
     def __init__(self, state: DeepSpeedState, kind: str, module: torch.nn.Module, mesh: Mesh):
@@ -59,7 +59,7 @@ class Fragments:
 
     def read_flat(self, name: str, start: int, size: int) -> Tensor:
         """Elements of this tensor rank's shard of a parameter, flat."""
-        return self._state.fragment(self._kind, self._names[name], self._parameters[name], self._tensor, Fragment(start, size))
+        return self._state.read_span(self._kind, self._names[name], self._parameters[name], self._tensor, Span(start, size))
 
 
 def check_model(state: DeepSpeedState, module: torch.nn.Module, mesh: Mesh) -> None:
@@ -85,7 +85,7 @@ def check_model(state: DeepSpeedState, module: torch.nn.Module, mesh: Mesh) -> N
 
 
 @torch.no_grad()
-def put(engine: Any, mesh: Mesh, state: DeepSpeedState, *, optimizer: bool = True) -> None:
+def restore(engine: Any, mesh: Mesh, state: DeepSpeedState, *, optimizer: bool = True) -> None:
     """Let ``engine`` go on from ``state``; ``optimizer=False``: with its weights alone.
 
     Reads what this rank has of each tensor, and writes it in place. The optimizer's options other than the learning rate stay
@@ -95,20 +95,22 @@ def put(engine: Any, mesh: Mesh, state: DeepSpeedState, *, optimizer: bool = Tru
     Errors: UsageError where the checkpoint's optimizer has other tensors than this one's; RankError for damaged files.
     """
     weights, module = MasterWeights(engine, mesh), engine.module
-    weights.load(Fragments(state, WEIGHT, module, mesh), weights.tensors(), all_of_them=True)
+    weights.load(CheckpointReader(state, WEIGHT, module, mesh), weights.tensors(), all_of_them=True)
     buffers, names = state.buffers(), whole_names(module)
     for name, buffer in persistent_buffers(module).items():
         buffer.copy_(buffers[names[name]])
     if optimizer:
-        _put_optimizer(engine, weights, state, lambda kind: Fragments(state, kind, module, mesh))
-        _put_training(engine, state.training)
+        _restore_optimizer(engine, weights, state, lambda kind: CheckpointReader(state, kind, module, mesh))
+        _restore_training(engine, state.training)
 
 
-def _put_optimizer(engine: Any, weights: MasterWeights, state: DeepSpeedState, fragments: Callable[[str], Fragments]) -> None:
+def _restore_optimizer(
+    engine: Any, weights: MasterWeights, state: DeepSpeedState, reader_of: Callable[[str], CheckpointReader]
+) -> None:
     """Its tensors, of the shapes of the weights, and its count of steps."""
-    states, memory, step = engine.basic_optimizer.state, weights.memory(), state.training.step
+    states, keys, step = engine.basic_optimizer.state, weights.state_keys(), state.training.step
     kinds = [kind for kind in state.kinds if kind not in (WEIGHT, AVERAGE)]
-    for key in memory:
+    for key in keys:
         there = [kind for kind, value in states[key].items() if isinstance(value, Tensor) and kind != "step"]
         if there and sorted(there) != sorted(kinds):
             raise UsageError(
@@ -116,20 +118,20 @@ def _put_optimizer(engine: Any, weights: MasterWeights, state: DeepSpeedState, f
                 "with the same optimizer, or with --no-load-optim"
             )
     for kind in kinds:
-        tensors = [torch.zeros_like(key, dtype=torch.float32, requires_grad=False) for key in memory]
-        weights.load(fragments(kind), tensors)
-        for key, value in zip(memory, tensors, strict=True):
+        tensors = [torch.zeros_like(key, dtype=torch.float32, requires_grad=False) for key in keys]
+        weights.load(reader_of(kind), tensors)
+        for key, value in zip(keys, tensors, strict=True):
             if kind in states[key]:
                 states[key][kind].copy_(value)  # in place: DeepSpeed has links to it
             else:
                 states[key][kind] = value
     if kinds and step is not None:
-        for key in memory:
+        for key in keys:
             own = states[key].get("step", torch.tensor(0.0))
             states[key]["step"] = torch.full_like(own, step) if isinstance(own, Tensor) else step
 
 
-def _put_training(engine: Any, training: Training) -> None:
+def _restore_training(engine: Any, training: Training) -> None:
     """Counts, the learning rate and its schedule, and fp16's loss scale."""
     engine.global_steps, engine.skipped_steps = training.iteration, training.skipped_steps
     engine.global_samples = training.consumed_samples

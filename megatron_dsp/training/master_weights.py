@@ -45,7 +45,7 @@ class Fragment(NamedTuple):
     offset: int = 0
 
 
-class Flat(Protocol):
+class FlatReader(Protocol):
     """Where `MasterWeights.load` finds parameters, by the names of the module."""
 
     def read_flat(self, name: str, start: int, size: int) -> Tensor:
@@ -75,12 +75,12 @@ class MasterWeights:
 
     def tensors(self) -> list[Tensor]:
         """The optimizer's memory for this rank's weights, with its padding: no copies."""
-        return [tensor.detach() for tensor in self.memory()]
+        return [tensor.detach() for tensor in self.state_keys()]
 
-    def memory(self) -> list[Tensor]:
+    def state_keys(self) -> list[Tensor]:
         """The same as the objects by which the optimizer's own state is found."""
         optimizer = self._engine.optimizer
-        for name in _FLAT:
+        for name in _FLAT_LISTS:
             if hasattr(optimizer, name):
                 return list(getattr(optimizer, name))
         if hasattr(optimizer, "fp32_groups"):  # of FP16_UnfusedOptimizer
@@ -105,9 +105,9 @@ class MasterWeights:
             tensors = self.tensors()
             for name, parameter in self._parameters.items():
                 if self.fragments[name].source is not None:
-                    parameter.copy_(self.own(name, tensors).view_as(parameter))
+                    parameter.copy_(self.view_fragment(name, tensors).view_as(parameter))
 
-    def own(self, name: str, tensors: Sequence[Tensor]) -> Tensor:
+    def view_fragment(self, name: str, tensors: Sequence[Tensor]) -> Tensor:
         """This rank's fragment of a parameter, flat, from ``tensors``, which are the optimizer's or like them.
 
         It is a view where they are contiguous.
@@ -118,10 +118,10 @@ class MasterWeights:
         parameter = self._parameters[name]
         return getattr(parameter, "ds_tensor", parameter).detach().reshape(-1)[:size]
 
-    def whole(self, name: str, tensors: Sequence[Tensor]) -> Tensor | None:
+    def gather_parameter(self, name: str, tensors: Sequence[Tensor]) -> Tensor | None:
         """A whole parameter in fp32 on the first rank of data x sequence, None on the others; collective over that group."""
         fragment, parameter, first = self.fragments[name], self._parameters[name], self._group.rank() == 0
-        own, shape = self.own(name, tensors).to(self._device, torch.float32), _shape(parameter)
+        own, shape = self.view_fragment(name, tensors).to(self._device, torch.float32), _shape(parameter)
         if not (hasattr(parameter, "ds_id") or (fragment.source is not None and _flat_weights(self._engine.optimizer))):
             return own.view(shape) if first else None
         whole = own.new_zeros(math.prod(shape))
@@ -144,31 +144,31 @@ class MasterWeights:
         try:
             with tensor_file.create(path, entries, metadata) if first else nullcontext() as append:
                 for name in names:
-                    value = self._buffers[name] if name in self._buffers else self.whole(name, tensors)
+                    value = self._buffers[name] if name in self._buffers else self.gather_parameter(name, tensors)
                     if append is not None and value is not None:
                         append(value)
         except OSError:
             for name in names:  # the others of the group do not know that this file cannot be written
                 if name not in self._buffers:
-                    self.whole(name, tensors)
+                    self.gather_parameter(name, tensors)
             raise
 
     @torch.no_grad()
-    def load(self, source: Flat, tensors: Sequence[Tensor], *, all_of_them: bool = False) -> None:
+    def load(self, source: FlatReader, tensors: Sequence[Tensor], *, all_of_them: bool = False) -> None:
         """Copy this rank's fragments of the trained parameters from ``source`` into ``tensors``, made like the optimizer's.
 
         ``all_of_them``: of the others too, into the model's own.
         """
         for name, (start, size, where, _) in self.fragments.items():
             if where is not None or all_of_them:
-                self.own(name, tensors).copy_(source.read_flat(name, start, size))
+                self.view_fragment(name, tensors).copy_(source.read_flat(name, start, size))
 
     def _find_fragments(self) -> dict[str, Fragment]:
         optimizer, parameters = self._engine.optimizer, self._parameters
         if hasattr(optimizer, "fp32_partitioned_groups_flat"):
             return {name: self._stage3_fragment(parameter) for name, parameter in parameters.items()}
         flat = bool(_flat_weights(optimizer))
-        found = _ranges(optimizer, self._group.rank()) if flat else _whole(optimizer, parameters.values())
+        found = _range_fragments(optimizer, self._group.rank()) if flat else _whole_fragments(optimizer, parameters.values())
         return {name: found.get(id(p), Fragment(0, p.numel(), None)) for name, p in parameters.items()}
 
     def _stage3_fragment(self, parameter: Any) -> Fragment:
@@ -192,12 +192,12 @@ def reason_against(engine: Any) -> str | None:
 
 def persistent_buffers(module: nn.Module) -> dict[str, Tensor]:
     """The buffers of a module that belong to its state, by name."""
-    kept = module.state_dict(keep_vars=True)
-    return {name: buffer for name, buffer in module.named_buffers() if name in kept}
+    state = module.state_dict(keep_vars=True)
+    return {name: buffer for name, buffer in module.named_buffers() if name in state}
 
 
 # Where optimizers have lists of flat tensors: ZeRO 3; ZeRO 1 and 2; BF16_Optimizer; FP16_Optimizer.
-_FLAT = (
+_FLAT_LISTS = (
     "fp32_partitioned_groups_flat",
     "single_partition_of_fp32_groups",
     "fp32_groups_flat_partition",
@@ -210,7 +210,7 @@ def _flat_weights(optimizer: Any) -> list[Tensor]:
     return getattr(optimizer, "bit16_groups_flat", None) or getattr(optimizer, "bf16_groups_flat", [])
 
 
-def _ranges(optimizer: Any, rank: int) -> dict[int, Fragment]:
+def _range_fragments(optimizer: Any, rank: int) -> dict[int, Fragment]:
     """Fragments of flattened parameters, by parameters' ids.
 
     The order in which they are flattened is seen from where they lie: DeepSpeed's own map of it, ``_hp_mapping``, is wrong with
@@ -230,7 +230,7 @@ def _ranges(optimizer: Any, rank: int) -> dict[int, Fragment]:
     return fragments
 
 
-def _whole(optimizer: Any, parameters: Iterable[nn.Parameter]) -> dict[int, Fragment]:
+def _whole_fragments(optimizer: Any, parameters: Iterable[nn.Parameter]) -> dict[int, Fragment]:
     """Fragments that are whole parameters or their fp32 copies, by parameters' ids."""
     if hasattr(optimizer, "fp32_groups_flat"):
         fragments: dict[int, Fragment] = {}

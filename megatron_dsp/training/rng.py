@@ -109,15 +109,15 @@ class _Repeat:
 
     def __init__(self, streams: _Streams):
         self._streams = streams
-        self._then = streams.current, dict(streams.waiting)
+        self._start_states = streams.current, dict(streams.waiting)
 
     def __enter__(self) -> None:
-        self._now = self._streams.current, self._streams.waiting
-        name, waiting = self._then
+        self._outside_states = self._streams.current, self._streams.waiting
+        name, waiting = self._start_states
         self._streams.current, self._streams.waiting = name, dict(waiting)
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
-        self._streams.current, self._streams.waiting = self._now
+        self._streams.current, self._streams.waiting = self._outside_states
 
 
 def restart(mesh: Mesh, iteration: int) -> None:

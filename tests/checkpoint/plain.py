@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 from megatron_dsp.checkpoint import manifest, store
-from megatron_dsp.checkpoint.disk import durable
+from megatron_dsp.checkpoint.disk import durable_file
 from megatron_dsp.checkpoint.manifest import Manifest, Stored
 from megatron_dsp.checkpoint.parameters import Model
 
@@ -39,7 +39,7 @@ def write(folder: Path, step: int) -> dict[str, Stored]:
             file.write(content(name, step)[half:])
             os.fsync(file.fileno())
     for name in OURS:
-        with durable(path / name) as file:
+        with durable_file(path / name) as file:
             file.write(content(name, step))
     return {name: Stored((path / name).stat().st_size, manifest.sha256(path / name)) for name in [*FILES, *OURS]}
 

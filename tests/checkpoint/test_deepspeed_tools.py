@@ -35,7 +35,7 @@ def test_ds_to_universal(ranks, tmp_path, cell):
     folders = ["--input_folder", tmp_path / "saved" / f"global_step{SAVED}", "--output_folder", path]
     done = subprocess.run([*tool, *folders], cwd=jobs.ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
-    names = {state.model.place_of(name)[1]: name for name in state.parameters}
+    names = {state.model.locate(name)[1]: name for name in state.parameters}
     assert {folder.name for folder in (path / "zero").iterdir() if folder.is_dir()} == names.keys()
     for local, name in names.items():
         for kind, file in (("weight", "fp32"), ("exp_avg", "exp_avg"), ("exp_avg_sq", "exp_avg_sq")):

@@ -22,10 +22,10 @@ from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 from megatron_dsp.checkpoint import manifest
 from megatron_dsp.checkpoint.formats import FORMATS
-from megatron_dsp.checkpoint.formats.source import Source, Target, depth_first, in_layers
+from megatron_dsp.checkpoint.formats.source import Source, Target, depth_first, pipeline_model
 from megatron_dsp.checkpoint.parameters import Parameter
 from megatron_dsp.checkpoint.state import AVERAGE, WEIGHT, Training
-from megatron_dsp.checkpoint.torch_file import Announced, TorchFile
+from megatron_dsp.checkpoint.torch_file import Placeholder, TorchFile
 from megatron_dsp.dtypes import PRECISIONS
 from megatron_dsp.errors import UsageError
 
@@ -92,11 +92,11 @@ def test_deepspeeds_parts_come_back(tmp_path, target):
 def test_parameters_are_in_the_order_of_what_has_them():
     """A pipeline's in that of its layers, which run in another order than a module has them in its lists."""
     source = in_memory.source()
-    ((names,),) = in_layers(source, [range(6)]).order
+    ((names,),) = pipeline_model(source, [range(6)]).order
     numbers = [int(name.partition(".")[0]) for name in names]
     assert numbers == sorted(numbers)
     assert [name for name in names if name.startswith("2.")][:2] == ["2.query.weight", "2.query.bias"]
-    wholes = list(in_layers(source, [range(6)]).parameters)
+    wholes = list(pipeline_model(source, [range(6)]).parameters)
     assert wholes != list(source.parameters)
     assert depth_first(wholes) == list(source.parameters)
 
@@ -267,7 +267,8 @@ def test_options_that_are_not_known_are_said(tmp_path, caplog):
 
 def test_a_file_is_what_torch_would_write(tmp_path):
     """Its archive is whole as others see it too, and pieces may come in any turn."""
-    first, second, empty = Announced(torch.float32, (2, 3)), Announced(torch.bfloat16, ()), Announced(torch.float32, (0, 2))
+    first, second = Placeholder(torch.float32, (2, 3)), Placeholder(torch.bfloat16, ())
+    empty = Placeholder(torch.float32, (0, 2))
     file = TorchFile(tmp_path / "file.pt", {"list": [first, second], "dict": OrderedDict(empty=empty), "size": torch.Size([2])})
     file.append(first, torch.tensor([0.0, 1.0]))
     file.append(second, torch.tensor(2.0))

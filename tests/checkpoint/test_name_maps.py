@@ -17,7 +17,7 @@ from megatron_dsp.checkpoint import manifest
 from megatron_dsp.checkpoint.convert import convert
 from megatron_dsp.checkpoint.formats import deepspeed, safetensors
 from megatron_dsp.checkpoint.formats.source import Target
-from megatron_dsp.checkpoint.name_map import SHIPPED, read_name_map, renamed
+from megatron_dsp.checkpoint.name_map import SHIPPED, apply_name_map, read_name_map
 from megatron_dsp.checkpoint.parameters import parameters_of
 from megatron_dsp.errors import UsageError
 from megatron_dsp.models.video_dit import VideoDiT, VideoDiTConfig, part_names
@@ -194,7 +194,7 @@ def test_what_is_imported_is_a_checkpoint_of_ours(tmp_path, published):
     whole, straight = (load_file(tmp_path / folder / "model.safetensors") for folder in ("whole", "straight"))
     assert again.tensors == len(whole) == len(straight)
     assert all(torch.equal(whole[name], straight[name]) for name in straight)
-    source, _ = renamed(safetensors.load(published), read_name_map("stdit3"))
+    source, _ = apply_name_map(safetensors.load(published), read_name_map("stdit3"))
     # DeepSpeed's flat groups have parameters in the order of the module.
     assert list(source.parameters) == [name for name, _ in model.named_parameters()]
 

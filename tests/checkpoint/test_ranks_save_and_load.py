@@ -146,7 +146,7 @@ def _into_a_full_disk() -> str:
                 file.write(b"any")
 
     with pytest.raises(dsp.UsageError) as error:
-        checkpointing._together("--save here", write)
+        checkpointing._on_all_ranks("--save here", write)
     return str(error.value)
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from megatron_dsp.checkpoint.disk import durable
+from megatron_dsp.checkpoint.disk import durable_file
 from megatron_dsp.checkpoint.tensor_file import TensorFile, create
 from megatron_dsp.errors import UsageError
 
@@ -59,7 +59,7 @@ def test_a_file_that_is_not_finished_leaves_the_old_one(path):
         entries = {"first": (torch.float32, (1,)), "bytes": (torch.uint8, (1,))}
         with pytest.raises(ValueError, match=message), create(path, entries, {}) as append:
             append(tensor)
-    with pytest.raises(TypeError), durable(path) as file:
+    with pytest.raises(TypeError), durable_file(path) as file:
         file.writelines([b"half", None])
     assert path.read_bytes() == before
     assert [file.name for file in path.parent.iterdir()] == [path.name]

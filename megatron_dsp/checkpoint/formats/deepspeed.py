@@ -28,19 +28,19 @@ from megatron_dsp.checkpoint.formats.source import (
     Source,
     Target,
     depth_first,
-    in_layers,
-    needed_layers,
-    ordered,
     param_group,
+    parameters_in_order,
+    pipeline_model,
+    require_layers,
 )
 from megatron_dsp.checkpoint.manifest import CONTENTS, Manifest
 from megatron_dsp.checkpoint.parameters import Model, whole_name
 from megatron_dsp.checkpoint.state import WEIGHT
-from megatron_dsp.checkpoint.torch_file import Announced, TorchFile
+from megatron_dsp.checkpoint.torch_file import Placeholder, TorchFile
 from megatron_dsp.dtypes import PRECISIONS
 from megatron_dsp.errors import UsageError
 
-_MAPPED = 256 * 2**20  # bytes that are read before the files, which are mapped into memory, are opened anew
+_REOPEN_AFTER = 256 * 2**20  # bytes that are read before the files, which are mapped into memory, are opened anew
 _SUB_GROUP = 10**9  # elements of a rank, DeepSpeed's default for sub_group_size
 
 logger = logging.getLogger(__name__)
@@ -56,26 +56,26 @@ def load(folder: Path) -> Source:
     if (folder / manifest.NAME).exists() or any(folder.glob("*.pt")):
         problems = manifest.check(folder)
         if problems:
-            raise UsageError(f"{folder} is damaged: {store.shortened(problems)}; use another checkpoint")
+            raise UsageError(f"{folder} is damaged: {store.shorten(problems)}; use another checkpoint")
     else:
         path, known = store.newest_good(folder)
         if known:
             logger.warning("%s: %s; taking %s", folder, "; ".join(known), path.name)
     record = manifest.read(path)
     state = DeepSpeedState(path, record)
-    read = 0
+    mapped = 0
 
-    def read_anew(kind: str, name: str) -> Tensor:
-        nonlocal state, read
-        if read > _MAPPED:
-            state, read = DeepSpeedState(path, record), 0
+    def read_tensor(kind: str, name: str) -> Tensor:
+        nonlocal state, mapped
+        if mapped > _REOPEN_AFTER:
+            state, mapped = DeepSpeedState(path, record), 0
             gc.collect()  # a state refers to itself, and its pages count as memory until it is gone
         tensor = state.read(kind, name)
-        read += 4 * tensor.numel()
+        mapped += 4 * tensor.numel()
         return tensor
 
     buffers = {name: value.clone() for name, value in state.buffers().items()}
-    source = Source(ordered(record.model), state.kinds, state.training, record.model.layers, buffers, read_anew)
+    source = Source(parameters_in_order(record.model), state.kinds, state.training, record.model.layers, buffers, read_tensor)
     if source.optimizer_kinds:
         return source
     return replace(source, training=replace(source.training, step=None, lr=None))  # these are an optimizer's
@@ -96,23 +96,23 @@ def save(source: Source, folder: Path, target: Target) -> None:
     if source.optimizer_kinds or training.lr is not None:  # plain SGD has no tensors
         contents.append("optimizer")
     metadata = {"iteration": str(training.iteration), **{axis: str(degree) for axis, degree in degrees.items()}}
-    new = _Folder(source, model, path, target, param_group(source))
+    job = _Job(source, model, path, target, param_group(source))
     for pipe in range(target.pipe):
-        places = [_Place(new, pipe, tensor) for tensor in range(target.tensor)]
+        writers = [_ModelRankWriter(job, pipe, tensor) for tensor in range(target.tensor)]
         for kind in source.kinds:
-            with ExitStack() as opened:
-                appends = [append for place in places for append in place.open_whole(kind, metadata, opened)]
-                for name in places[0].names:
+            with ExitStack() as whole_files:
+                appends = [append for writer in writers for append in writer.open_whole_file(kind, metadata, whole_files)]
+                for name in writers[0].names:
                     whole = source.read(kind, whole_name(name, model.layers))
-                    for place in places:
-                        place.append(kind, name, whole)
-                    for append, place in zip(appends, places, strict=False):
-                        append(place.own(name, whole))
+                    for writer in writers:
+                        writer.append(kind, name, whole)
+                    for append, writer in zip(appends, writers, strict=False):
+                        append(writer.take_shard(name, whole))
                 for append in appends:
-                    for buffer in places[0].narrow_buffers:
+                    for buffer in writers[0].narrow_buffers:
                         append(buffer)
-        for place in places:
-            place.close()
+        for writer in writers:
+            writer.close()
     layout = {**degrees, "zero_stage": target.zero_stage}
     files = manifest.hash_files(path)
     record = Manifest.new(training.progress, layout, target.dtype, sorted(contents), model, files)
@@ -141,21 +141,21 @@ def _model(source: Source, target: Target) -> Model:
         if divided[small] < target.tensor:
             raise UsageError(f"{flag}: {small!r} has {divided[small]} elements along the dim that is divided; lower it")
     if target.pipe == 1:
-        ordered = {name: source.parameters[name] for name in depth_first(list(source.parameters))}
-        return Model(ordered, None, [[]], [[list(ordered)]])
-    layers = needed_layers(source, target.pipe)
+        in_order = {name: source.parameters[name] for name in depth_first(list(source.parameters))}
+        return Model(in_order, None, [[]], [[list(in_order)]])
+    layers = require_layers(source, target.pipe)
     stages: Sequence[Sequence[int]] = [range(len(layers))]
     sizes = [0] * len(layers)
-    for name in in_layers(source, stages).order[0][0]:
+    for name in pipeline_model(source, stages).order[0][0]:
         shape = source.parameters[whole_name(name, layers)].shard_shape(target.tensor, 0)
         sizes[int(name.partition(".")[0])] += math.prod(shape)
     from deepspeed.runtime.utils import partition_balanced  # what PipelineModule divides layers with; its import takes seconds
 
     bounds = [int(bound) for bound in partition_balanced(sizes, target.pipe)]
-    return in_layers(source, [list(range(*pair)) for pair in pairwise(bounds)])
+    return pipeline_model(source, [list(range(*pair)) for pair in pairwise(bounds)])
 
 
-class _Folder(NamedTuple):
+class _Job(NamedTuple):
     """What is written into a folder; ``group``: the options of the optimizer."""
 
     source: Source
@@ -165,55 +165,55 @@ class _Folder(NamedTuple):
     group: dict[str, Any]
 
 
-class _Part(NamedTuple):
+class _Destination(NamedTuple):
     """Where elements ``start`` to ``stop`` of a tensor rank's shard of a parameter, flat, go, with zeros after them.
 
     ``size``: of all that goes there.
     """
 
-    tensor: Announced
+    placeholder: Placeholder
     start: int
     stop: int
     size: int
 
 
-class _Place:
+class _ModelRankWriter:
     """The files of a place on the pipe and tensor axes, while they are written.
 
     Attributes:
         names: of its parameters, in order.
     """
 
-    def __init__(self, folder: _Folder, pipe: int, tensor: int):
-        self._source, self._model, self._path, self._target, self._group = source, model, _, target, _ = folder
+    def __init__(self, job: _Job, pipe: int, tensor: int):
+        self._source, self._model, self._path, self._target, self._group = source, model, _, target, _ = job
         self._pipe, self._tensor = pipe, tensor
         (self.names,) = model.order[pipe]
         self._parameters = {name: source.parameters[whole_name(name, model.layers)] for name in self.names}
         self._shapes = {name: each.shard_shape(target.tensor, tensor) for name, each in self._parameters.items()}
         self._sizes = {name: math.prod(shape) for name, shape in self._shapes.items()}
-        places = {name: model.place_of(name) for name in source.buffers}
+        places = {name: model.locate(name) for name in source.buffers}
         self._buffers = {local: source.buffers[name] for name, (stage, local) in places.items() if stage == pipe}
         self._files: list[TorchFile] = []
         self._file_of: dict[int, TorchFile] = {}
-        self._parts: dict[tuple[str, str], list[_Part]] = {}
-        self._values: list[tuple[Announced, Tensor]] = []
+        self._destinations: dict[tuple[str, str], list[_Destination]] = {}
+        self._values: list[tuple[Placeholder, Tensor]] = []
         # ds_to_universal joins shards along dims 0 and 1 alone: told nothing it refuses, but for ZeRO 3
         far = any(parameter.dim is not None and parameter.dim > 1 for parameter in model.parameters.values())
         self._common = {} if far else {"universal_checkpoint_info": model.universal_checkpoint_info()}
-        self._write_all()
+        self._begin_all()
 
     def append(self, kind: str, name: str, whole: Tensor) -> None:
         """Write what the files have of a parameter, given all of it; in the order of ``names``."""
-        parts = self._parts.get((kind, name), ())
-        flat = self.own(name, whole).reshape(-1) if parts else whole
-        for part in parts:
-            file = self._file_of[id(part.tensor)]
-            file.append(part.tensor, flat[part.start : part.stop])
-            file.append(part.tensor, torch.zeros(part.size - (part.stop - part.start)))
+        destinations = self._destinations.get((kind, name), ())
+        flat = self.take_shard(name, whole).reshape(-1) if destinations else whole
+        for placeholder, start, stop, size in destinations:
+            file = self._file_of[id(placeholder)]
+            file.append(placeholder, flat[start:stop])
+            file.append(placeholder, torch.zeros(size - (stop - start)))
 
-    def own(self, name: str, whole: Tensor) -> Tensor:
+    def take_shard(self, name: str, whole: Tensor) -> Tensor:
         """This tensor rank's shard of a parameter."""
-        return self._parameters[name].own(whole, self._target.tensor, self._tensor)
+        return self._parameters[name].take_shard(whole, self._target.tensor, self._tensor)
 
     def close(self) -> None:
         """Bring the files to the disk."""
@@ -225,7 +225,7 @@ class _Place:
         """Those that stand after the parameters in files of whole weights."""
         return [buffer for buffer in self._buffers.values() if buffer.dtype.itemsize <= 4]
 
-    def open_whole(self, kind: str, metadata: dict[str, str], opened: ExitStack) -> list[Callable[[Tensor], None]]:
+    def open_whole_file(self, kind: str, metadata: dict[str, str], whole_files: ExitStack) -> list[Callable[[Tensor], None]]:
         """Begin the file of whole weights, or of their average; none for other kinds. Wide buffers are in it already."""
         if kind not in CONTENTS:
             return []
@@ -235,61 +235,61 @@ class _Place:
         entries |= {name: (torch.float32, shape) for name, shape in self._shapes.items()}
         entries |= {name: (buffer.dtype, buffer.shape) for name, buffer in narrow.items()}
         path = self._path / WeightsFile(kind, self._tensor, self._pipe).name
-        append = opened.enter_context(tensor_file.create(path, entries, metadata))
+        append = whole_files.enter_context(tensor_file.create(path, entries, metadata))
         for buffer in wide.values():
             append(buffer)
         return [append]
 
-    def _write_all(self) -> None:
+    def _begin_all(self) -> None:
         """Begin all of DeepSpeed's files."""
         target = self._target
         model_rank = self._pipe * target.tensor + self._tensor
         if target.pipe > 1:
             for layer in self._model.stages[self._pipe]:
-                self._begin(LayerFile(layer, self._tensor), self._module(f"{layer}."))
+                self._begin(LayerFile(layer, self._tensor), self._module_content(f"{layer}."))
         for rank in range(target.data) if target.zero_stage else ():
             if target.zero_stage == 3:
                 self._begin(ModelFile(model_rank, rank), self._model_content(None))
-            optimizer = self._sharded(rank) if target.zero_stage < 3 else self._sharded_each(rank)
+            optimizer = self._optimizer_of_stage_1_or_2(rank) if target.zero_stage < 3 else self._optimizer_of_stage_3(rank)
             content = {"optimizer_state_dict": optimizer, "ds_config": self._ds_config, "ds_version": DEEPSPEED}
             self._begin(OptimizerFile(model_rank, rank, target.dtype == "bf16"), content)
         if target.zero_stage < 3:
-            whole = None if target.zero_stage else self._whole()
+            whole = None if target.zero_stage else self._optimizer_of_stage_0()
             self._begin(ModelFile(model_rank), self._model_content(whole))
 
-    def _begin(self, named: LayerFile | ModelFile | OptimizerFile, content: Any) -> None:
-        """Begin a file; the tensors that were announced since the last one are in it."""
-        file = TorchFile(self._path / named.name, content)
+    def _begin(self, file_name: LayerFile | ModelFile | OptimizerFile, content: Any) -> None:
+        """Begin a file; the placeholders that were added since the last one are in it."""
+        file = TorchFile(self._path / file_name.name, content)
         self._files.append(file)
-        for announced in file.tensors:
-            self._file_of[id(announced)] = file
-        for announced, value in self._values:
-            file.append(announced, value)
+        for placeholder in file.placeholders:
+            self._file_of[id(placeholder)] = file
+        for placeholder, value in self._values:
+            file.append(placeholder, value)
         self._values = []
 
-    def _announce(self, kind: str, name: str, dtype: torch.dtype = torch.float32) -> Announced:
+    def _add_placeholder(self, kind: str, name: str, dtype: torch.dtype = torch.float32) -> Placeholder:
         """A parameter's tensor of a kind, as this place has it."""
-        tensor = Announced(dtype, self._shapes[name])
-        self._parts.setdefault((kind, name), []).append(_Part(tensor, 0, tensor.size, tensor.size))
+        tensor = Placeholder(dtype, self._shapes[name])
+        self._destinations.setdefault((kind, name), []).append(_Destination(tensor, 0, tensor.size, tensor.size))
         return tensor
 
-    def _given(self, value: Tensor) -> Announced:
+    def _add_value(self, value: Tensor) -> Placeholder:
         """A tensor that is there already."""
-        tensor = Announced(value.dtype, value.shape)
+        tensor = Placeholder(value.dtype, value.shape)
         self._values.append((tensor, value))
         return tensor
 
-    def _module(self, prefix: str = "") -> OrderedDict[str, Announced]:
+    def _module_content(self, prefix: str = "") -> OrderedDict[str, Placeholder]:
         """The state dict of the model, or of the layer whose names begin so, in the model's dtype."""
         dtype = PRECISIONS[self._target.dtype]
         content = OrderedDict()
         for name in self.names:
             if name.startswith(prefix):
-                own = self._given(torch.empty(0, dtype=dtype)) if self._target.zero_stage == 3 else None
-                content[name.removeprefix(prefix)] = own or self._announce(WEIGHT, name, dtype)
+                own = self._add_value(torch.empty(0, dtype=dtype)) if self._target.zero_stage == 3 else None
+                content[name.removeprefix(prefix)] = own or self._add_placeholder(WEIGHT, name, dtype)
         for name, buffer in self._buffers.items():
             if name.startswith(prefix):
-                content[name.removeprefix(prefix)] = self._given(buffer)
+                content[name.removeprefix(prefix)] = self._add_value(buffer)
         return content
 
     @property
@@ -301,7 +301,7 @@ class _Place:
         target, training = self._target, self._source.training
         sharded, partitioned = target.zero_stage > 0, target.zero_stage > 1
         content = {
-            "module": self._module() if target.pipe == 1 else None,
+            "module": self._module_content() if target.pipe == 1 else None,
             "buffer_names": list(self._buffers),
             "optimizer": optimizer,
             "param_shapes": [self._torch_shapes(names) for names in self._groups()] if sharded else None,
@@ -340,20 +340,20 @@ class _Place:
                 first, size = number, 0
         return groups
 
-    def _inner(self, states: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    def _optimizer_state(self, states: Sequence[dict[str, Any]]) -> dict[str, Any]:
         """The state dict of the optimizer that DeepSpeed wraps, with these tensors of its parameters."""
         step = torch.tensor(float(self._source.training.step or 0))
-        state = {number: {"step": self._given(step), **tensors} for number, tensors in enumerate(states) if tensors}
+        state = {number: {"step": self._add_value(step), **tensors} for number, tensors in enumerate(states) if tensors}
         return {"state": state, "param_groups": [{**self._group, "params": list(range(len(states)))}]}
 
-    def _whole(self) -> dict[str, Any]:
+    def _optimizer_of_stage_0(self) -> dict[str, Any]:
         """ZeRO 0: each parameter's tensors. Of a model in bf16 the fp32 weights as well, as FP16_UnfusedOptimizer has them."""
-        states = [{kind: self._announce(kind, name) for kind in self._source.optimizer_kinds} for name in self.names]
+        states = [{kind: self._add_placeholder(kind, name) for kind in self._source.optimizer_kinds} for name in self.names]
         if self._target.dtype == "fp32":
-            return self._inner(states)
-        weights = [self._announce(WEIGHT, name) for name in self.names]
+            return self._optimizer_state(states)
+        weights = [self._add_placeholder(WEIGHT, name) for name in self.names]
         scale = {"dynamic_loss_scale": False, "cur_scale": 1.0, "cur_iter": self._source.training.iteration}
-        return {**scale, "optimizer_state_dict": self._inner(states), "fp32_groups": [weights]}
+        return {**scale, "optimizer_state_dict": self._optimizer_state(states), "fp32_groups": [weights]}
 
     def _loss_scaler(self) -> dict[str, Any]:
         from deepspeed.runtime.fp16.loss_scaler import LossScaler
@@ -362,7 +362,7 @@ class _Place:
         stage = ZeroStageEnum(self._target.zero_stage)
         return {"loss_scaler": LossScaler(1.0), "dynamic_loss_scale": False, "overflow": False, "zero_stage": stage}
 
-    def _sharded(self, rank: int) -> dict[str, Any]:
+    def _optimizer_of_stage_1_or_2(self, rank: int) -> dict[str, Any]:
         """ZeRO 1, 2: a rank's part of all parameters, flattened one after another. The last parts end with padding."""
         from deepspeed.utils.tensor_fragment import fragment_address
 
@@ -378,17 +378,18 @@ class _Place:
                 mapping[name] = fragment_address(numel=end - start, start=start - first)
             place += count
 
-        def flat(kind: str, size: int, padding: int) -> Announced:
-            tensor = Announced(torch.float32, (size,))
+        def flat(kind: str, size: int, padding: int) -> Placeholder:
+            tensor = Placeholder(torch.float32, (size,))
             for name in ranges if padding == 0 else {**dict.fromkeys(ranges), self.names[-1]: None}:
                 start, end = ranges.get(name, (0, 0))
                 fill = padding if name == self.names[-1] else 0
-                self._parts.setdefault((kind, name), []).append(_Part(tensor, start, end, end - start + fill))
+                self._destinations.setdefault((kind, name), []).append(_Destination(tensor, start, end, end - start + fill))
             return tensor
 
+        state = {kind: flat(kind, size, padding) for kind in self._source.optimizer_kinds}
         return {
             **self._loss_scaler(),
-            "base_optimizer_state": self._inner([{kind: flat(kind, size, padding) for kind in self._source.optimizer_kinds}]),
+            "base_optimizer_state": self._optimizer_state([state]),
             "single_partition_of_fp32_groups": [flat(WEIGHT, size - padding, 0)],
             "group_paddings": [padding],
             "param_alignment_paddings": [[0] * len(self.names)],
@@ -397,22 +398,22 @@ class _Place:
             "ds_version": DEEPSPEED,
         }
 
-    def _sharded_each(self, rank: int) -> dict[str, Any]:
+    def _optimizer_of_stage_3(self, rank: int) -> dict[str, Any]:
         """ZeRO 3: a rank's part of each parameter, one after another, each with its padding."""
         ranks = self._target.data
 
-        def flat(kind: str, names: Sequence[str]) -> Announced:
+        def flat(kind: str, names: Sequence[str]) -> Placeholder:
             parts = {name: -(-self._sizes[name] // ranks) for name in names}
-            tensor = Announced(torch.float32, (sum(parts.values()),))
+            tensor = Placeholder(torch.float32, (sum(parts.values()),))
             for name, part in parts.items():
                 start, stop = (min(bound * part, self._sizes[name]) for bound in (rank, rank + 1))
-                self._parts.setdefault((kind, name), []).append(_Part(tensor, start, stop, part))
+                self._destinations.setdefault((kind, name), []).append(_Destination(tensor, start, stop, part))
             return tensor
 
         states = [{kind: flat(kind, names) for kind in self._source.optimizer_kinds} for names in self._groups()]
         return {
             **self._loss_scaler(),
             "partition_count": ranks,
-            "optimizer_state_dict": self._inner(states),
+            "optimizer_state_dict": self._optimizer_state(states),
             "fp32_flat_groups": [flat(WEIGHT, names) for names in self._groups()],
         }

@@ -20,22 +20,22 @@ from typing import Any
 import torch
 
 from megatron_dsp.checkpoint import unpickling
-from megatron_dsp.checkpoint.disk import durable, sync
+from megatron_dsp.checkpoint.disk import durable_file, sync
 from megatron_dsp.checkpoint.file_names import ModelFile, UniversalFile, model_files, step_folder
 from megatron_dsp.checkpoint.formats import safetensors
 from megatron_dsp.checkpoint.formats.source import (
     DEEPSPEED,
     Source,
     Target,
-    in_layers,
-    needed_layers,
     param_group,
+    pipeline_model,
     read_record,
+    require_layers,
     write_record,
 )
 from megatron_dsp.checkpoint.parameters import Parameter, whole_name
 from megatron_dsp.checkpoint.state import AVERAGE, WEIGHT, Training
-from megatron_dsp.checkpoint.torch_file import Announced, TorchFile
+from megatron_dsp.checkpoint.torch_file import Placeholder, TorchFile
 from megatron_dsp.errors import UsageError
 
 POINTER = "latest_universal"
@@ -104,15 +104,15 @@ def save(source: Source, folder: Path, target: Target) -> None:
         raise UsageError(f"--dtype {target.dtype}: universal checkpoints have weights in fp32; leave it out")
     names = {name: name for name in source.parameters}
     if target.pipe > 1:
-        model = in_layers(source, [range(len(needed_layers(source, target.pipe)))])
-        names = {name: model.place_of(name)[1] for name in model.parameters}
+        model = pipeline_model(source, [range(len(require_layers(source, target.pipe)))])
+        names = {name: model.locate(name)[1] for name in model.parameters}
     training = source.training
     path = folder / step_folder(training.iteration)
     for kind in (kind for kind in source.kinds if kind != AVERAGE):
         for name, parameter in source.parameters.items():
             place = path / "zero" / names[name]
             place.mkdir(parents=True, exist_ok=True)
-            tensor = Announced(torch.float32, parameter.shape)
+            tensor = Placeholder(torch.float32, parameter.shape)
             divided = {} if parameter.dim is None else {"cat_dim": parameter.dim}
             file = TorchFile(place / _file_name(kind), {"param": tensor, **divided})
             file.append(tensor, source.read(kind, name))
@@ -137,7 +137,7 @@ def save(source: Source, folder: Path, target: Target) -> None:
     for file_path in path.rglob("*.pt"):
         sync(file_path)
     write_record(source, path, target.dtype)
-    with durable(folder / POINTER) as pointer:
+    with durable_file(folder / POINTER) as pointer:
         pointer.write(path.name.encode())
 
 

@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from megatron_dsp.checkpoint import tensor_file
-from megatron_dsp.checkpoint.disk import durable
+from megatron_dsp.checkpoint.disk import durable_file
 from megatron_dsp.checkpoint.formats.source import Source, Target, read_record, write_record
 from megatron_dsp.checkpoint.state import AVERAGE, WEIGHT
 from megatron_dsp.checkpoint.tensor_file import TensorFile
@@ -48,13 +48,12 @@ def load(folder: Path) -> Source:
     files = {kind: _files(folder, main if kind == WEIGHT else kind) for kind in kinds}
     shapes, buffers = {}, {}
     known = record.model.parameters if record.model is not None else None
-    opened: dict[Path, TensorFile] = {}
+    shapes_of = {path: TensorFile(path).shapes for path in dict.fromkeys(files[WEIGHT].values())}
     for name, path in files[WEIGHT].items():
-        file = opened.setdefault(path, TensorFile(path)) if path not in opened else opened[path]
-        if name not in file.shapes:
+        if name not in shapes_of[path]:
             raise UsageError(f"{path} does not have {name!r}, which its index says it has; use another checkpoint")
         if name in known if known is not None else _is_floating(path, name):
-            shapes[name] = file.shapes[name]
+            shapes[name] = shapes_of[path][name]
         else:
             buffers[name] = _read(path, name).clone()
 
@@ -114,7 +113,7 @@ def write(source: Source, kind: str, dtypes: Mapping[str, torch.dtype], folder: 
             "metadata": {"total_size": sum(sizes.values())},
             "weight_map": {name: file for file, names in names_of.items() for name in names},
         }
-        with durable(folder / f"{stem}.safetensors.index.json") as output:
+        with durable_file(folder / f"{stem}.safetensors.index.json") as output:
             output.write(json.dumps(index, indent=2).encode())
 
 

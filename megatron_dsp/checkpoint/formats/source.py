@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from megatron_dsp.checkpoint import manifest
-from megatron_dsp.checkpoint.disk import durable
+from megatron_dsp.checkpoint.disk import durable_file
 from megatron_dsp.checkpoint.manifest import Manifest
 from megatron_dsp.checkpoint.parameters import Model, Parameter, whole_name
 from megatron_dsp.checkpoint.state import AVERAGE, WEIGHT, Training
@@ -100,7 +100,7 @@ class Record:
         if different or shapes.keys() - known.keys():
             names = ", ".join([*different, *sorted(shapes.keys() - known.keys())][:4])
             raise UsageError(f"{manifest.NAME} has other parameters than the files beside it ({names}); use another checkpoint")
-        return ordered(self.model)
+        return parameters_in_order(self.model)
 
 
 def read_record(folder: Path) -> Record:
@@ -117,7 +117,7 @@ def read_record(folder: Path) -> Record:
 
 def write_record(source: Source, folder: Path, dtype: str) -> None:
     """Write what `read_record` reads, after all other files of ``folder``, which it lists with their hashes."""
-    with durable(folder / TRAINING) as file:
+    with durable_file(folder / TRAINING) as file:
         file.write(json.dumps({"training": asdict(source.training), "kinds": source.kinds}, indent=1).encode())
     layout = {**dict.fromkeys(AXES, 1), "zero_stage": 0}
     order = [[list(source.parameters)]]
@@ -126,14 +126,14 @@ def write_record(source: Source, folder: Path, dtype: str) -> None:
     manifest.write(folder, Manifest.new(source.training.progress, layout, dtype, [], model, files))
 
 
-def ordered(model: Model) -> dict[str, Parameter]:
+def parameters_in_order(model: Model) -> dict[str, Parameter]:
     """The parameters of a model in the order of its optimizer, which is that of the model where there is one group."""
     layers = model.layers if any(model.stages) else None
     names = [whole_name(name, layers) for stage in model.order for group in stage for name in group]
     return {name: model.parameters[name] for name in dict.fromkeys([*names, *model.parameters])}
 
 
-def in_layers(source: Source, stages: Sequence[Sequence[int]]) -> Model:
+def pipeline_model(source: Source, stages: Sequence[Sequence[int]]) -> Model:
     """The model of ``source`` in a pipeline whose ranks have these layers, and one optimizer group each.
 
     Parameters are in the order of the layers. Errors: UsageError where one is in none of them.
@@ -143,7 +143,7 @@ def in_layers(source: Source, stages: Sequence[Sequence[int]]) -> Model:
     order: list[list[str]] = [[] for _ in stages]
     for name in source.parameters:
         try:
-            pipe, local = model.place_of(name)
+            pipe, local = model.locate(name)
         except KeyError:
             raise UsageError(
                 f"parameter {name!r} is in none of the pipeline's {len(source.layers)} layers ({', '.join(source.layers[:4])}, "
@@ -172,7 +172,7 @@ def param_group(source: Source) -> dict[str, Any]:
     return {**options, "lr": training.lr or 0.0}
 
 
-def needed_layers(source: Source, pipe: int) -> list[str]:
+def require_layers(source: Source, pipe: int) -> list[str]:
     """The layers of a pipeline. Errors: UsageError where they are not known, or are fewer than its ranks."""
     flag = f"--target-pipeline-parallel-size {pipe}"
     if source.layers is None:

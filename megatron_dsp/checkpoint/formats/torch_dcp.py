@@ -104,46 +104,46 @@ def load(folder: Path) -> Source:
 def save(source: Source, folder: Path, target: Target) -> None:
     """Write weights and their average in ``target.dtype``, the optimizer's tensors in fp32, and its step for each parameter."""
     dtype = PRECISIONS[target.dtype]
-    given: dict[str, Callable[[], Tensor]] = {}
+    readers: dict[str, Callable[[], Tensor]] = {}
 
-    def announce(key: str, shape: Sequence[int], dtype: torch.dtype, read: Callable[[], Tensor]) -> Tensor:
-        given[key] = read
+    def placeholder(key: str, shape: Sequence[int], dtype: torch.dtype, read: Callable[[], Tensor]) -> Tensor:
+        readers[key] = read
         return torch.empty(tuple(shape), dtype=dtype, device="meta")
 
-    def announce_kind(kind: str, name: str) -> Tensor:
+    def parameter_placeholder(kind: str, name: str) -> Tensor:
         stored, key = (dtype, "model" if kind == WEIGHT else kind) if kind in (WEIGHT, AVERAGE) else (torch.float32, None)
         key = f"optimizer.state.{name}.{kind}" if key is None else f"{key}.{name}"
         shape = source.parameters[name].shape
-        return announce(key, shape, stored, lambda: source.read(kind, name).to(stored).contiguous())
+        return placeholder(key, shape, stored, lambda: source.read(kind, name).to(stored).contiguous())
 
-    model = {name: announce_kind(WEIGHT, name) for name in source.parameters}
+    model = {name: parameter_placeholder(WEIGHT, name) for name in source.parameters}
     for name, buffer in source.buffers.items():
-        model[name] = announce(f"model.{name}", buffer.shape, buffer.dtype, buffer.contiguous)
+        model[name] = placeholder(f"model.{name}", buffer.shape, buffer.dtype, buffer.contiguous)
     content: dict[str, Any] = {"model": model}
     if AVERAGE in source.kinds:
-        content[AVERAGE] = {name: announce_kind(AVERAGE, name) for name in source.parameters}
+        content[AVERAGE] = {name: parameter_placeholder(AVERAGE, name) for name in source.parameters}
     if source.optimizer_kinds:
         step = torch.tensor(float(source.training.step or 0))
         content["optimizer"] = {"state": {}}
         for name in source.parameters:
-            entry = {kind: announce_kind(kind, name) for kind in source.optimizer_kinds}
-            entry["step"] = announce(f"optimizer.state.{name}.step", (), torch.float32, lambda: step)
+            entry = {kind: parameter_placeholder(kind, name) for kind in source.optimizer_kinds}
+            entry["step"] = placeholder(f"optimizer.state.{name}.step", (), torch.float32, lambda: step)
             content["optimizer"]["state"][name] = entry
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)  # it is not needed
-        dcp.save(content, storage_writer=_Writer(folder), planner=_Reading(given), no_dist=True)
+        dcp.save(content, storage_writer=_Writer(folder), planner=_LazySavePlanner(readers), no_dist=True)
     write_record(source, folder, target.dtype)
 
 
-class _Reading(dcp.DefaultSavePlanner):
+class _LazySavePlanner(dcp.DefaultSavePlanner):
     """Gives the writer each tensor when it asks for it; the state dict has only their shapes."""
 
-    def __init__(self, given: dict[str, Callable[[], Tensor]]):
+    def __init__(self, readers: dict[str, Callable[[], Tensor]]):
         super().__init__()
-        self._given = given
+        self._readers = readers
 
     def resolve_data(self, write_item: Any) -> Tensor:
-        return self._given[write_item.index.fqn]()
+        return self._readers[write_item.index.fqn]()
 
 
 class _Writer(dcp.FileSystemWriter):
