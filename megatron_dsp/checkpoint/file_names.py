@@ -26,8 +26,8 @@ RANK_FILES = "*_states.pt"  # a pattern for the first three of the table
 _MODEL = re.compile(r"(?:zero_pp_rank_(\d+)_)?mp_rank_(\d+)_model_states\.pt")
 _OPTIMIZER = re.compile(r"(bf16_)?zero_pp_rank_(\d+)_mp_rank_(\d+)_optim_states\.pt")
 _LAYER = re.compile(r"layer_(\d+)(?:-model_(\d+)|(?:-\w+)*)-model_states\.pt")
-_WHOLE = re.compile(r"(weights|ema_model)_tp_(\d+)_pp_(\d+)\.safetensors")
-_WHOLE_BEGIN = {WEIGHT: "weights", AVERAGE: "ema_model"}
+_WEIGHTS = re.compile(r"(weights|ema_model)_tp_(\d+)_pp_(\d+)\.safetensors")
+_WEIGHTS_PREFIX = {WEIGHT: "weights", AVERAGE: "ema_model"}
 _UNIVERSAL = re.compile(r"(fp32|exp_avg|exp_avg_sq|momentum_buffer|step|optimizer_state)\.pt")
 
 
@@ -90,7 +90,7 @@ class WeightsFile(NamedTuple):
     @property
     def name(self) -> str:
         """The name of the file: as Megatron names what the ranks of a model have."""
-        return f"{_WHOLE_BEGIN[self.kind]}_tp_{self.tensor_rank:02d}_pp_{self.pipe_rank:02d}.safetensors"
+        return f"{_WEIGHTS_PREFIX[self.kind]}_tp_{self.tensor_rank:02d}_pp_{self.pipe_rank:02d}.safetensors"
 
 
 def parse(name: str) -> ModelFile | OptimizerFile | LayerFile | UniversalFile | WeightsFile | None:
@@ -103,8 +103,8 @@ def parse(name: str) -> ModelFile | OptimizerFile | LayerFile | UniversalFile | 
         return LayerFile(int(match[1]), _number(match[2]))
     if match := _UNIVERSAL.fullmatch(name):
         return UniversalFile(match[1])
-    if match := _WHOLE.fullmatch(name):
-        kind = next(kind for kind, text in _WHOLE_BEGIN.items() if text == match[1])
+    if match := _WEIGHTS.fullmatch(name):
+        kind = next(kind for kind, text in _WEIGHTS_PREFIX.items() if text == match[1])
         return WeightsFile(kind, int(match[2]), int(match[3]))
     return None
 

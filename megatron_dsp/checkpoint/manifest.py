@@ -29,7 +29,7 @@ _PIECE = 4 * 2**20  # bytes that are hashed at once
 
 
 @dataclass(frozen=True)
-class Stored:
+class StoredFile:
     """A file as it was saved: its size in bytes, and the SHA-256 of what it holds, in hex."""
 
     size: int
@@ -58,7 +58,7 @@ class Manifest:
     contents: list[str]
     versions: dict[str, str]
     model: Model
-    files: dict[str, Stored]
+    files: dict[str, StoredFile]
 
     @classmethod
     def new(
@@ -68,19 +68,12 @@ class Manifest:
         precision: str,
         contents: list[str],
         model: Model,
-        files: dict[str, Stored],
+        files: dict[str, StoredFile],
     ) -> Manifest:
         """That of a checkpoint which is saved now, by the versions that are installed."""
-        return cls(
-            saved=datetime.now(timezone.utc).isoformat(timespec="microseconds"),
-            progress=progress,
-            layout=layout,
-            precision=precision,
-            contents=contents,
-            versions={"python": platform.python_version(), **{name: _version(name) for name in _PACKAGES}},
-            model=model,
-            files=files,
-        )
+        saved = datetime.now(timezone.utc).isoformat(timespec="microseconds")
+        versions = {"python": platform.python_version(), **{name: _version(name) for name in _PACKAGES}}
+        return cls(saved, progress, layout, precision, contents, versions, model, files)
 
 
 def write(folder: Path, manifest: Manifest) -> None:
@@ -109,7 +102,7 @@ def read(folder: Path) -> Manifest:
         if number != FORMAT or _text(record) != text:
             raise UsageError(f"{NAME} was changed: it is not as it was written")
         del record["format"]
-        files = {name: Stored(**entry) for name, entry in record.pop("files").items()}
+        files = {name: StoredFile(**entry) for name, entry in record.pop("files").items()}
         manifest = Manifest(files=files, model=Model.from_json(record.pop("model")), **record)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         if isinstance(error, UsageError):
@@ -177,10 +170,10 @@ def sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
-def hash_files(folder: Path) -> dict[str, Stored]:
+def hash_files(folder: Path) -> dict[str, StoredFile]:
     """All files in ``folder`` as they are now, by their paths in it."""
     paths = sorted(path for path in folder.rglob("*") if path.is_file())
-    return {path.relative_to(folder).as_posix(): Stored(path.stat().st_size, sha256(path)) for path in paths}
+    return {path.relative_to(folder).as_posix(): StoredFile(path.stat().st_size, sha256(path)) for path in paths}
 
 
 def divide(sizes: Mapping[str, int], parts: int) -> list[list[str]]:

@@ -51,7 +51,7 @@ class Entry(NamedTuple):
     note: str | None = None
 
 
-class LeftOut(NamedTuple):
+class Omission(NamedTuple):
     """What of the source has no place in ours (a pattern of names), and why."""
 
     theirs: str
@@ -78,7 +78,7 @@ class NameMap:
     notes: Sequence[str]
     sizes: Mapping[str, tuple[str, int]]
     parameters: Sequence[Entry]
-    left_out: Sequence[LeftOut]
+    left_out: Sequence[Omission]
     divided: Mapping[str, int]
     layers: Sequence[str] | None
 
@@ -98,7 +98,7 @@ def read_name_map(given: str) -> NameMap:
             record["notes"],
             {name: (theirs, int(dim)) for name, (theirs, dim) in record["sizes"].items()},
             [Entry(**entry) for entry in record["parameters"]],
-            [LeftOut(**entry) for entry in record["left_out"]],
+            [Omission(**entry) for entry in record["left_out"]],
             record["divided"],
             record.get("layers"),
         )

@@ -1,6 +1,6 @@
 """Writing what ``torch.save`` would, with tensors that are not there yet: each is filled in later, piece by piece.
 
-Such a file is a zip archive without compression: a pickle that has everything but the tensors' elements, and a record of bytes
+Such a file is a zip archive without compression: a pickle that has everything but the tensors' elements, and a member of bytes
 for each tensor. The size of all of it is known before an element is, so that many files can be filled at once from tensors that
 are read one at a time.
 """
@@ -25,7 +25,7 @@ from torch import Tensor
 from megatron_dsp.checkpoint.tensor_file import bytes_of
 from megatron_dsp.dtypes import NAMES_OF
 
-_ALIGNMENT = 64  # of a record's bytes in the file, as torch has it, so that they can be mapped into memory
+_ALIGNMENT = 64  # of a member's bytes in the file, as torch has it, so that they can be mapped into memory
 _LARGE = 0xFFFFFFFF  # stands for sizes and places of 4 GiB and more, which a zip archive has in another field
 _PADDING = 0x4246  # torch's name for a field of a zip header that only fills
 
@@ -68,7 +68,7 @@ class _Pickler(pickle.Pickler):
         return "storage", NAMES_OF[placeholder.dtype].storage, str(len(self.placeholders) - 1), "cpu", placeholder.size
 
 
-class _Record:
+class _Member:
     """A member of the archive."""
 
     def __init__(self, name: str, offset: int, size: int):
@@ -125,33 +125,33 @@ class TorchFile:
         texts = {"data.pkl": data.getvalue(), "byteorder": b"little", "version": b"3\n"}
         sizes = [(name, len(text)) for name, text in texts.items()]
         sizes += [(f"data/{number}", tensor.size * tensor.dtype.itemsize) for number, tensor in enumerate(pickler.placeholders)]
-        self._records: list[_Record] = []
+        self._members: list[_Member] = []
         for name, size in sizes:
-            self._records.append(_Record(name, self._records[-1].stop if self._records else 0, size))
+            self._members.append(_Member(name, self._members[-1].stop if self._members else 0, size))
         self.placeholders = pickler.placeholders
-        self._record_of = dict(zip(map(id, self.placeholders), self._records[len(texts) :], strict=True))
+        self._member_of = dict(zip(map(id, self.placeholders), self._members[len(texts) :], strict=True))
         with path.open("w+b") as file:
-            for record, text in zip(self._records, texts.values(), strict=False):
-                record.write(file, memoryview(text))
+            for member, text in zip(self._members, texts.values(), strict=False):
+                member.write(file, memoryview(text))
 
     def append(self, placeholder: Placeholder, tensor: Tensor) -> None:
         """Write the next elements of a tensor, in the order of its memory; they are cast to its dtype."""
         if tensor.numel():
             with self.path.open("r+b") as file:
-                self._record_of[id(placeholder)].write(file, bytes_of(tensor.detach().to("cpu", placeholder.dtype)))
+                self._member_of[id(placeholder)].write(file, bytes_of(tensor.detach().to("cpu", placeholder.dtype)))
 
     def close(self) -> None:
         """Bring the file to the disk. Errors: ValueError where a tensor has more or fewer elements than its placeholder."""
-        for record in self._records:
-            if record.written != record.size:
-                raise ValueError(f"{self.path}: {record.written:,} bytes of a record were written instead of {record.size:,}")
+        for member in self._members:
+            if member.written != member.size:
+                raise ValueError(f"{self.path}: {member.written:,} bytes of a record were written instead of {member.size:,}")
         with self.path.open("r+b") as file:
-            for record in self._records:
-                file.seek(record.start - len(record.header()))
-                file.write(record.header())
-            offset, count = self._records[-1].stop, len(self._records)
+            for member in self._members:
+                file.seek(member.start - len(member.header()))
+                file.write(member.header())
+            offset, count = self._members[-1].stop, len(self._members)
             file.seek(offset)
-            directory = b"".join(record.entry() for record in self._records)
+            directory = b"".join(member.entry() for member in self._members)
             end = struct.pack("<4sQ2H2L4Q", b"PK\6\6", 44, 45, 45, 0, 0, count, count, len(directory), offset)
             locator = struct.pack("<4sLQL", b"PK\6\7", 0, offset + len(directory), 1)
             few, short, near = min(count, 0xFFFF), min(len(directory), _LARGE), min(offset, _LARGE)

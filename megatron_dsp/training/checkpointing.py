@@ -27,7 +27,7 @@ from megatron_dsp.checkpoint import manifest, store, unpickling
 from megatron_dsp.checkpoint.deepspeed_files import DeepSpeedState
 from megatron_dsp.checkpoint.disk import sync
 from megatron_dsp.checkpoint.file_names import WeightsFile, parse, random_numbers_file, step_folder
-from megatron_dsp.checkpoint.manifest import CONTENTS, Manifest, Stored
+from megatron_dsp.checkpoint.manifest import CONTENTS, Manifest, StoredFile
 from megatron_dsp.checkpoint.parameters import Model, whole_names
 from megatron_dsp.checkpoint.state import AVERAGE, WEIGHT
 from megatron_dsp.errors import RankError, UsageError
@@ -72,7 +72,7 @@ def save(engine: Any, folder: Path, progress: Progress, mesh: Mesh, ema: EMA | N
         names = {name for of_rank in _on_all_ranks(what, files.finish) for name in of_rank}
         sizes = _on_rank_0(what, lambda: _sizes(path, names))
         hashes = _on_all_ranks(what, lambda: _hashes(path, _own_share(sizes)))
-        stored = {name: Stored(sizes[name], digest) for of_rank in hashes for name, digest in of_rank.items()}
+        stored = {name: StoredFile(sizes[name], digest) for of_rank in hashes for name, digest in of_rank.items()}
         record = Manifest.new(asdict(progress), _layout(engine, mesh), _precision(engine), contents, model, stored)
         _on_rank_0(what, lambda: store.publish(folder, tag, record, keep))
     except UsageError:
@@ -363,7 +363,7 @@ def _newest_good(folder: Path, wanted: Callable[[str], bool] = lambda name: True
     """
     what, records = f"--load {folder}", {}
 
-    def look(path: Path) -> tuple[Manifest | None, list[str]]:
+    def read_manifest(path: Path) -> tuple[Manifest | None, list[str]]:
         try:
             record = manifest.read(path)
         except UsageError as error:
@@ -371,7 +371,7 @@ def _newest_good(folder: Path, wanted: Callable[[str], bool] = lambda name: True
         return record, list(manifest.check_sizes(path, record).values())
 
     def check(path: Path) -> list[str]:
-        record, problems = _on_rank_0(what, lambda: look(path))
+        record, problems = _on_rank_0(what, lambda: read_manifest(path))
         if record is None or problems:
             return problems
         records[path] = record

@@ -48,14 +48,14 @@ class _Streams:
     def _first_state(self, name: str) -> _State:
         axes = name.split("+") if name else []
         # Which axes they are takes part: on rank 0 of all axes the streams differ too.
-        number = _number(self.seed, *(1 + self._ranks[axis] if axis in axes else 0 for axis in AXES))
+        number = _combine_seeds(self.seed, *(1 + self._ranks[axis] if axis in axes else 0 for axis in AXES))
         state = {"cpu": torch.Generator().manual_seed(number).get_state()}
         if self._device.type == "cuda":
             state["cuda"] = torch.Generator(self._device).manual_seed(number).get_state()
         return state
 
 
-_of_meshes: weakref.WeakKeyDictionary[Mesh, _Streams] = weakref.WeakKeyDictionary()
+_streams_by_mesh: weakref.WeakKeyDictionary[Mesh, _Streams] = weakref.WeakKeyDictionary()
 
 
 def seed(mesh: Mesh, seed: int) -> None:
@@ -65,8 +65,8 @@ def seed(mesh: Mesh, seed: int) -> None:
     the model was made: its initial weights must be equal on all data and sequence ranks. `random_along` draws from streams
     that begin anew with it.
     """
-    torch.manual_seed(_number(seed, *(mesh.rank(axis) for axis in PARTS)))
-    _of_meshes[mesh] = _Streams(mesh, seed)
+    torch.manual_seed(_combine_seeds(seed, *(mesh.rank(axis) for axis in PARTS)))
+    _streams_by_mesh[mesh] = _Streams(mesh, seed)
 
 
 @contextmanager
@@ -84,7 +84,7 @@ def random_along(mesh: Mesh, *axes: str) -> Iterator[None]:
     Errors: UsageError for what is no axis, and before `seed`.
     """
     streams = _streams(mesh)
-    before = streams.enter(_name(axes))
+    before = streams.enter(_stream_name(axes))
     try:
         yield
     finally:
@@ -122,8 +122,8 @@ class _Repeat:
 
 def restart(mesh: Mesh, iteration: int) -> None:
     """As `seed`, with another number for each iteration: numbers whose states were not kept do not repeat the first ones."""
-    if mesh in _of_meshes:
-        seed(mesh, _number(_of_meshes[mesh].seed, iteration))
+    if mesh in _streams_by_mesh:
+        seed(mesh, _combine_seeds(_streams_by_mesh[mesh].seed, iteration))
 
 
 def save(path: Path, mesh: Mesh) -> None:
@@ -131,7 +131,7 @@ def save(path: Path, mesh: Mesh) -> None:
 
     Errors: UsageError inside `random_along`.
     """
-    streams = _of_meshes.get(mesh)
+    streams = _streams_by_mesh.get(mesh)
     _check_outside(streams)
     states = {_DEFAULT: _default_state(mesh.device), **(streams.waiting if streams is not None else {})}
     tensors = {f"{name}/{device}": tensor for name, state in states.items() for device, tensor in state.items()}
@@ -152,7 +152,7 @@ def load(path: Path, mesh: Mesh) -> None:
 
     Errors: UsageError inside `random_along`; RankError where the file is damaged.
     """
-    _check_outside(_of_meshes.get(mesh))
+    _check_outside(_streams_by_mesh.get(mesh))
     file = TensorFile(path)
     states: dict[str, _State] = {}
     for key in file.shapes:
@@ -160,7 +160,7 @@ def load(path: Path, mesh: Mesh) -> None:
         states.setdefault(name, {})[device] = file.read(key)
     _set_default_state(states.pop(_DEFAULT), mesh.device)
     if "seed" in file.metadata:
-        streams = _of_meshes[mesh] = _Streams(mesh, int(file.metadata["seed"]))
+        streams = _streams_by_mesh[mesh] = _Streams(mesh, int(file.metadata["seed"]))
         streams.waiting = states
     version, numbers, gauss = json.loads(file.metadata["python"])
     random.setstate((version, tuple(numbers), gauss))
@@ -170,19 +170,19 @@ def load(path: Path, mesh: Mesh) -> None:
 
 
 def _streams(mesh: Mesh) -> _Streams:
-    if mesh not in _of_meshes:
+    if mesh not in _streams_by_mesh:
         raise UsageError("random_along and repeat_random need a seed of this mesh; call dsp.seed(mesh, seed) first")
-    return _of_meshes[mesh]
+    return _streams_by_mesh[mesh]
 
 
-def _name(axes: tuple[str, ...]) -> str:
+def _stream_name(axes: tuple[str, ...]) -> str:
     unknown = [axis for axis in axes if axis not in AXES]
     if unknown:
         raise UsageError(f"random_along has no axis {', '.join(map(repr, unknown))}; a mesh has {', '.join(AXES)}")
     return "+".join(axis for axis in AXES if axis in axes)
 
 
-def _number(*values: int) -> int:
+def _combine_seeds(*values: int) -> int:
     return int(np.random.SeedSequence(values).generate_state(1, np.uint64)[0]) >> 1
 
 

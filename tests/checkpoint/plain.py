@@ -7,7 +7,7 @@ from pathlib import Path
 
 from megatron_dsp.checkpoint import manifest, store
 from megatron_dsp.checkpoint.disk import durable_file
-from megatron_dsp.checkpoint.manifest import Manifest, Stored
+from megatron_dsp.checkpoint.manifest import Manifest, StoredFile
 from megatron_dsp.checkpoint.parameters import Model
 
 FILES = [
@@ -28,7 +28,7 @@ def save(folder: Path, step: int, keep: int | None = None) -> None:
     store.publish(folder, f"global_step{step}", record(write(folder, step), step), keep)
 
 
-def write(folder: Path, step: int) -> dict[str, Stored]:
+def write(folder: Path, step: int) -> dict[str, StoredFile]:
     """All of a save but its end; the files."""
     path = store.begin(folder, f"global_step{step}")
     for name in FILES:
@@ -41,10 +41,10 @@ def write(folder: Path, step: int) -> dict[str, Stored]:
     for name in OURS:
         with durable_file(path / name) as file:
             file.write(content(name, step))
-    return {name: Stored((path / name).stat().st_size, manifest.sha256(path / name)) for name in [*FILES, *OURS]}
+    return {name: StoredFile((path / name).stat().st_size, manifest.sha256(path / name)) for name in [*FILES, *OURS]}
 
 
-def record(files: dict[str, Stored], step: int) -> Manifest:
+def record(files: dict[str, StoredFile], step: int) -> Manifest:
     """A manifest of ``files``; later steps were saved later."""
     return Manifest(
         model=Model({}, None, [[]], [[]]),

@@ -201,7 +201,7 @@ def test_nothing_is_run(tmp_path, command):
     record = manifest.read(path)
     for file in path.glob("*.pt"):
         planted.archive(file, pickle.dumps(planted.Makes(harm), 2))
-        record.files[file.name] = manifest.Stored(file.stat().st_size, manifest.sha256(file))
+        record.files[file.name] = manifest.StoredFile(file.stat().st_size, manifest.sha256(file))
     manifest.write(path, record)  # an attacker can do so too
     status, output, _ = command(folder, "--full")
     assert status == 1

@@ -21,7 +21,7 @@ from torch import nn
 
 import megatron_dsp as dsp
 from megatron_dsp.checkpoint import manifest, store
-from megatron_dsp.checkpoint.manifest import Stored
+from megatron_dsp.checkpoint.manifest import StoredFile
 from megatron_dsp.training import checkpointing
 from megatron_dsp.training.checkpointing import Progress
 from megatron_dsp.training.ema import EMA
@@ -178,7 +178,7 @@ def _flip(path: Path) -> None:
 def _rerecord(path: Path) -> None:
     """Let the manifest say that a file is as it should be."""
     record = manifest.read(path.parent)
-    files = {**record.files, path.name: Stored(path.stat().st_size, manifest.sha256(path))}
+    files = {**record.files, path.name: StoredFile(path.stat().st_size, manifest.sha256(path))}
     manifest.write(path.parent, replace(record, files=files))
 
 

@@ -96,9 +96,9 @@ def save(source: Source, folder: Path, target: Target) -> None:
     if source.optimizer_kinds or training.lr is not None:  # plain SGD has no tensors
         contents.append("optimizer")
     metadata = {"iteration": str(training.iteration), **{axis: str(degree) for axis, degree in degrees.items()}}
-    job = _Job(source, model, path, target, param_group(source))
+    conversion = _Conversion(source, model, path, target, param_group(source))
     for pipe in range(target.pipe):
-        writers = [_ModelRankWriter(job, pipe, tensor) for tensor in range(target.tensor)]
+        writers = [_ModelRankWriter(conversion, pipe, tensor) for tensor in range(target.tensor)]
         for kind in source.kinds:
             with ExitStack() as whole_files:
                 appends = [append for writer in writers for append in writer.open_whole_file(kind, metadata, whole_files)]
@@ -155,7 +155,7 @@ def _model(source: Source, target: Target) -> Model:
     return pipeline_model(source, [list(range(*pair)) for pair in pairwise(bounds)])
 
 
-class _Job(NamedTuple):
+class _Conversion(NamedTuple):
     """What is written into a folder; ``group``: the options of the optimizer."""
 
     source: Source
@@ -184,8 +184,8 @@ class _ModelRankWriter:
         names: of its parameters, in order.
     """
 
-    def __init__(self, job: _Job, pipe: int, tensor: int):
-        self._source, self._model, self._path, self._target, self._group = source, model, _, target, _ = job
+    def __init__(self, conversion: _Conversion, pipe: int, tensor: int):
+        self._source, self._model, self._path, self._target, self._group = source, model, _, target, _ = conversion
         self._pipe, self._tensor = pipe, tensor
         (self.names,) = model.order[pipe]
         self._parameters = {name: source.parameters[whole_name(name, model.layers)] for name in self.names}

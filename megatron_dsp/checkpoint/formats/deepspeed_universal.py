@@ -29,9 +29,9 @@ from megatron_dsp.checkpoint.formats.source import (
     Target,
     param_group,
     pipeline_model,
-    read_record,
+    read_companion,
     require_layers,
-    write_record,
+    write_companion,
 )
 from megatron_dsp.checkpoint.parameters import Parameter, whole_name
 from megatron_dsp.checkpoint.state import AVERAGE, WEIGHT, Training
@@ -56,11 +56,11 @@ def load(folder: Path) -> Source:
         path = folder / (folder / POINTER).read_text().strip()
     if not (path / "zero" / _OPTIMIZER).exists():
         raise UsageError(f"{path} has no zero/{_OPTIMIZER}; give the folder of a universal checkpoint")
-    record = read_record(path)
+    companion = read_companion(path)
     model = unpickling.load(next(iter(model_files(path)), path / _MODEL))
-    layers = None if record.model is None else record.model.layers
+    layers = None if companion.model is None else companion.model.layers
     numbered = model["module"] is None  # a pipeline's
-    names = _in_order(path)
+    names = _parameter_names(path)
     places = {whole_name(name, layers) if numbered else name: path / "zero" / name for name in names}
     buffer_names = set(model.get("buffer_names") or ())
     buffers = {name: value.clone() for name, value in (model["module"] or {}).items() if name in buffer_names}
@@ -70,11 +70,11 @@ def load(folder: Path) -> Source:
     found = {}
     for name, place in places.items():
         if name not in buffers:
-            entry = _open(place / _WEIGHT)
+            entry = _load_weight(place / _WEIGHT)
             found[name] = Parameter(tuple(entry["param"].shape), entry.get("cat_dim") if shards else None)
     first = places[next(iter(found))] if found else path
     there = [entry.stem for entry in first.glob("*.pt") if entry.name not in (_WEIGHT, _STEP)]
-    kinds = record.kinds or (WEIGHT, *sorted(there))
+    kinds = companion.kinds or (WEIGHT, *sorted(there))
     average = safetensors.reader(path, AVERAGE) if AVERAGE in kinds else None
 
     def read(kind: str, name: str) -> torch.Tensor:
@@ -86,9 +86,9 @@ def load(folder: Path) -> Source:
         return unpickling.load(file)["param"].float()
 
     return Source(
-        found if record.model is None else record.parameters({name: each.shape for name, each in found.items()}),
+        found if companion.model is None else companion.parameters({name: each.shape for name, each in found.items()}),
         kinds,
-        record.training if record.model is not None else _training(path, model, first),
+        companion.training if companion.model is not None else _training(path, model, first),
         layers,
         buffers,
         read,
@@ -136,12 +136,12 @@ def save(source: Source, folder: Path, target: Target) -> None:
         safetensors.write(source, AVERAGE, dict.fromkeys(source.parameters, torch.float32), path, target.max_shard_size)
     for file_path in path.rglob("*.pt"):
         sync(file_path)
-    write_record(source, path, target.dtype)
+    write_companion(source, path, target.dtype)
     with durable_file(folder / POINTER) as pointer:
         pointer.write(path.name.encode())
 
 
-def _in_order(path: Path) -> list[str]:
+def _parameter_names(path: Path) -> list[str]:
     """The names in the tree: as the model's files order them, where they do."""
     names = sorted(entry.parent.relative_to(path / "zero").as_posix() for entry in path.glob(f"zero/**/{_WEIGHT}"))
     order: dict[str, None] = {}
@@ -155,7 +155,7 @@ def _file_name(kind: str) -> str:
     return _WEIGHT if kind == WEIGHT else UniversalFile(kind).name
 
 
-def _open(path: Path) -> Any:
+def _load_weight(path: Path) -> Any:
     entry = unpickling.load(path, mmap=True)
     if not isinstance(entry, dict):
         raise UsageError(

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from megatron_dsp.checkpoint import tensor_file
 from megatron_dsp.checkpoint.disk import durable_file
-from megatron_dsp.checkpoint.formats.source import Source, Target, read_record, write_record
+from megatron_dsp.checkpoint.formats.source import Source, Target, read_companion, write_companion
 from megatron_dsp.checkpoint.state import AVERAGE, WEIGHT
 from megatron_dsp.checkpoint.tensor_file import TensorFile
 from megatron_dsp.dtypes import DTYPES, PRECISIONS
@@ -39,15 +39,15 @@ def load(folder: Path) -> Source:
     Floating point tensors are parameters, in fp32 whatever they are stored as; others are buffers. Errors: UsageError for
     files that are missing or damaged, and for several sets of weights.
     """
-    record = read_record(folder)
+    companion = read_companion(folder)
     stems = {match[1] for path in folder.iterdir() if (match := _STEM.fullmatch(path.name))}
-    kinds = record.kinds or (WEIGHT,)
-    if not record.kinds and len(stems) > 1 and _WEIGHTS not in stems:
+    kinds = companion.kinds or (WEIGHT,)
+    if not companion.kinds and len(stems) > 1 and _WEIGHTS not in stems:
         raise UsageError(f"{folder} has several sets of weights ({', '.join(sorted(stems))}); give a folder with one of them")
     main = _WEIGHTS if _WEIGHTS in stems else min(stems)
     files = {kind: _files(folder, main if kind == WEIGHT else kind) for kind in kinds}
     shapes, buffers = {}, {}
-    known = record.model.parameters if record.model is not None else None
+    known = companion.model.parameters if companion.model is not None else None
     shapes_of = {path: TensorFile(path).shapes for path in dict.fromkeys(files[WEIGHT].values())}
     for name, path in files[WEIGHT].items():
         if name not in shapes_of[path]:
@@ -61,10 +61,10 @@ def load(folder: Path) -> Source:
         return _read(files[kind][name], name).float()
 
     return Source(
-        record.parameters(shapes),
+        companion.parameters(shapes),
         kinds,
-        record.training,
-        None if record.model is None else record.model.layers,
+        companion.training,
+        None if companion.model is None else companion.model.layers,
         buffers,
         read,
     )
@@ -78,7 +78,7 @@ def save(source: Source, folder: Path, target: Target) -> None:
         if kind == WEIGHT:
             entries |= {name: buffer.dtype for name, buffer in source.buffers.items()}
         write(source, kind, entries, folder, target.max_shard_size)
-    write_record(source, folder, target.dtype)
+    write_companion(source, folder, target.dtype)
 
 
 def write(source: Source, kind: str, dtypes: Mapping[str, torch.dtype], folder: Path, max_size: int) -> None:

@@ -78,7 +78,7 @@ class Target:
 
 
 @dataclass(frozen=True)
-class Record:
+class Companion:
     """What this package has written beside a format's own files.
 
     Attributes:
@@ -103,20 +103,20 @@ class Record:
         return parameters_in_order(self.model)
 
 
-def read_record(folder: Path) -> Record:
+def read_companion(folder: Path) -> Companion:
     """What there is beside the files of a format in ``folder``. Errors: UsageError that names the files that are damaged."""
     if not (folder / manifest.NAME).exists():
-        return Record()
+        return Companion()
     problems = manifest.check(folder)
     if problems:
         more = f"; and {len(problems) - 4} more" if len(problems) > 4 else ""
         raise UsageError(f"{folder} is damaged: {'; '.join(problems[:4])}{more}; use another checkpoint")
     record = json.loads((folder / TRAINING).read_text())
-    return Record(manifest.read(folder).model, Training(**record["training"]), tuple(record["kinds"]))
+    return Companion(manifest.read(folder).model, Training(**record["training"]), tuple(record["kinds"]))
 
 
-def write_record(source: Source, folder: Path, dtype: str) -> None:
-    """Write what `read_record` reads, after all other files of ``folder``, which it lists with their hashes."""
+def write_companion(source: Source, folder: Path, dtype: str) -> None:
+    """Write what `read_companion` reads, after all other files of ``folder``, which it lists with their hashes."""
     with durable_file(folder / TRAINING) as file:
         file.write(json.dumps({"training": asdict(source.training), "kinds": source.kinds}, indent=1).encode())
     layout = {**dict.fromkeys(AXES, 1), "zero_stage": 0}

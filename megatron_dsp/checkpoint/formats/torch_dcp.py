@@ -26,7 +26,7 @@ from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
 from megatron_dsp.checkpoint import unpickling
-from megatron_dsp.checkpoint.formats.source import Source, Target, read_record, write_record
+from megatron_dsp.checkpoint.formats.source import Source, Target, read_companion, write_companion
 from megatron_dsp.checkpoint.state import AVERAGE, WEIGHT
 from megatron_dsp.dtypes import DTYPES, PRECISIONS
 from megatron_dsp.errors import UsageError
@@ -56,12 +56,12 @@ def load(folder: Path) -> Source:
     Weights are floating point tensors; "model.", and what stands before it, is no part of their names. Errors: UsageError for
     files that are missing or damaged or that would run code.
     """
-    record = read_record(folder)
+    companion = read_companion(folder)
     metadata = _read_metadata(folder / _METADATA)
     tensors = {key: entry for key, entry in metadata.state_dict_metadata.items() if isinstance(entry, TensorStorageMetadata)}
     keys: dict[str, dict[str, str]] = {WEIGHT: {}}  # by kind and name
     buffer_keys, step_key = {}, None
-    known = None if record.model is None else record.model.parameters
+    known = None if companion.model is None else companion.model.parameters
     for key, entry in tensors.items():
         of_optimizer = _OPTIMIZER.fullmatch(key)
         kind, name = (of_optimizer[2], of_optimizer[1]) if of_optimizer else (WEIGHT, re.sub(r"^(?:.+\.)?model\.", "", key))
@@ -88,14 +88,14 @@ def load(folder: Path) -> Source:
             return torch.zeros(tensors[keys[WEIGHT][name]].size)
         return read_key(parameter_key).float()
 
-    training = record.training
-    if record.model is None and step_key is not None:
+    training = companion.training
+    if companion.model is None and step_key is not None:
         training = type(training)(step=int(read_key(step_key)))
     return Source(
-        record.parameters({name: tensors[key].size for name, key in keys[WEIGHT].items()}),
-        record.kinds or tuple(keys),
+        companion.parameters({name: tensors[key].size for name, key in keys[WEIGHT].items()}),
+        companion.kinds or tuple(keys),
         training,
-        None if record.model is None else record.model.layers,
+        None if companion.model is None else companion.model.layers,
         {name: read_key(key) for name, key in buffer_keys.items()},
         read,
     )
@@ -132,7 +132,7 @@ def save(source: Source, folder: Path, target: Target) -> None:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)  # it is not needed
         dcp.save(content, storage_writer=_Writer(folder), planner=_LazySavePlanner(readers), no_dist=True)
-    write_record(source, folder, target.dtype)
+    write_companion(source, folder, target.dtype)
 
 
 class _LazySavePlanner(dcp.DefaultSavePlanner):
