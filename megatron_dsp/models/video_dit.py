@@ -35,7 +35,7 @@ from megatron_dsp.models.embeddings import (
     unpatchify,
 )
 from megatron_dsp.models.norms import layer_norm
-from megatron_dsp.planner import Attention, Plan, StageNeeds, cheapest_plan
+from megatron_dsp.planner import Attention, ChainPlan, StageNeeds, cheapest_plan
 from megatron_dsp.reshard import FixedOverlap, Region, Stage, switch
 from megatron_dsp.reshard.exchange import exchange_of
 from megatron_dsp.tensor import ColumnParallelLinear, RowParallelLinear, TensorParallel, initialise
@@ -419,7 +419,7 @@ def _plan(
     batch: int,
     space: int,
     element_size: int,
-) -> Plan:
+) -> ChainPlan:
     """That of `Way.layouts`, of plain numbers, which compilers take for constants.
 
     ``heads``: how many a rank has, and their size; ``widths``: channels of a token, and values of a patch; ``head_moves``:

@@ -1,7 +1,7 @@
 """Where the shard of an activation lies in each stage of a model, and what moves it in between: the cheapest plan."""
 
+from megatron_dsp.planner.chain_plan import ANY, ChainPlan, PlannedStage, Reshard, cheapest_plan
 from megatron_dsp.planner.costs import Cost
-from megatron_dsp.planner.needs import Attention, StageNeeds
-from megatron_dsp.planner.plan import ANY, Plan, PlannedStage, Reshard, cheapest_plan
+from megatron_dsp.planner.stage_needs import Attention, StageNeeds
 
-__all__ = ["ANY", "Attention", "Cost", "Plan", "PlannedStage", "Reshard", "StageNeeds", "cheapest_plan"]
+__all__ = ["ANY", "Attention", "ChainPlan", "Cost", "PlannedStage", "Reshard", "StageNeeds", "cheapest_plan"]

@@ -8,7 +8,7 @@ from typing import Literal, NamedTuple
 
 from megatron_dsp.errors import UsageError
 from megatron_dsp.planner.costs import Cost, Costs
-from megatron_dsp.planner.needs import StageNeeds
+from megatron_dsp.planner.stage_needs import StageNeeds
 
 Served = Literal["plain", "ulysses", "ring"]
 ANY = "any"  # as the end of a plan: whatever layout is cheapest
@@ -42,7 +42,7 @@ class PlannedStage(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Plan:
+class ChainPlan:
     """The layout of each stage of a chain and the primitives between them; ``after`` follows the last. Printed as a table."""
 
     stages: tuple[PlannedStage, ...]
@@ -94,7 +94,7 @@ def cheapest_plan(
     start: str | None = None,
     end: str | None = ANY,
     training: bool = True,
-) -> Plan:
+) -> ChainPlan:
     """The plan that sends the fewest bytes, forward and backward, for ``stages`` that run one after another.
 
     Exact (dynamic programming) and deterministic: of plans that send the same, the one with the fewest collectives, then with
@@ -114,24 +114,25 @@ def cheapest_plan(
     Raises:
         UsageError: for unknown dims, sizes below 1, and a stage that no layout can serve.
     """
-    widths = _checked(stages, sizes, ranks, shardable, bytes_per_position, start, end)
+    _check_chain(stages, sizes, ranks, shardable, start, end)
+    widths = _bytes_at_boundaries(bytes_per_position, len(stages))
     costs = Costs(sizes, ranks, training=training)
     paths = [_Path((), (), start, Cost())]
     for stage, width in zip(stages, widths, strict=False):
-        # One path for each way of running this stage is kept: the best that ends in it. What follows depends on no more.
+        # One path for each option of this stage is kept: the best that ends in it. What follows depends on no more.
         paths = [
-            min((path.through(stage, way, index, costs, width) for path in paths), key=_Path.key)
-            for index, way in enumerate(_ways(stage, shardable, costs))
+            min((path.extend(stage, option, index, costs, width) for path in paths), key=_Path.key)
+            for index, option in enumerate(_stage_options(stage, shardable, costs))
         ]
     ends = []
     for path in paths:
-        after = _reshard(path.sharded, path.sharded if end == ANY else end, costs, widths[-1])
-        ends.append((path._replace(cost=path.cost + after.cost).key(), Plan(path.stages, after, ranks)))
+        after = _reshard_between(path.sharded, path.sharded if end == ANY else end, costs, widths[-1])
+        ends.append((path._replace(cost=path.cost + after.cost).key(), ChainPlan(path.stages, after, ranks)))
     return min(ends, key=lambda found: found[0])[1]
 
 
-class _Way(NamedTuple):
-    """A way of running a stage."""
+class _StageOption(NamedTuple):
+    """One way of running a stage."""
 
     sharded: str | None
     served: Served
@@ -142,59 +143,58 @@ class _Path(NamedTuple):
     """Stages that are planned already."""
 
     stages: tuple[PlannedStage, ...]
-    choices: tuple[int, ...]  # the number of each stage's way, for ties
+    choices: tuple[int, ...]  # the number of each stage's option, for ties
     sharded: str | None
     cost: Cost
 
     def key(self) -> tuple[int, int, int, tuple[int, ...]]:
         return self.cost.forward + self.cost.backward, self.cost.collectives, self.cost.copies, self.choices
 
-    def through(self, stage: StageNeeds, way: _Way, index: int, costs: Costs, width: int) -> _Path:
-        before = _reshard(self.sharded, way.sharded, costs, width)
-        planned = PlannedStage(stage.name, before, *way)
-        return _Path((*self.stages, planned), (*self.choices, index), way.sharded, self.cost + before.cost + way.cost)
+    def extend(self, stage: StageNeeds, option: _StageOption, index: int, costs: Costs, width: int) -> _Path:
+        before = _reshard_between(self.sharded, option.sharded, costs, width)
+        planned = PlannedStage(stage.name, before, *option)
+        return _Path((*self.stages, planned), (*self.choices, index), option.sharded, self.cost + before.cost + option.cost)
 
 
-def _ways(stage: StageNeeds, shardable: Sequence[str], costs: Costs) -> list[_Way]:
+def _stage_options(stage: StageNeeds, shardable: Sequence[str], costs: Costs) -> list[_StageOption]:
     """All ways of running ``stage``, in the order of preference between equals."""
-    ways = []
+    options = []
     for dim in shardable:
         if dim not in stage.mixes or costs.ranks == 1:
-            ways.append(_Way(dim, "plain", costs.stage_copies(stage, dim)))
+            options.append(_StageOption(dim, "plain", costs.stage_copies(stage, dim)))
         elif stage.attention is not None:
             attention = stage.attention
-            ways.append(_Way(dim, "ulysses", costs.ulysses(dim, attention) + costs.stage_copies(stage, None)))
+            options.append(_StageOption(dim, "ulysses", costs.ulysses(dim, attention) + costs.stage_copies(stage, None)))
             if attention.ring and attention.groups == attention.heads and costs.sizes[dim] % costs.ranks == 0:
-                ways.append(_Way(dim, "ring", costs.ring(dim, attention) + costs.stage_copies(stage, dim)))
+                options.append(_StageOption(dim, "ring", costs.ring(dim, attention) + costs.stage_copies(stage, dim)))
     if stage.may_run_whole:
-        ways.append(_Way(None, "plain", costs.stage_copies(stage, None)))
-    if not ways:
+        options.append(_StageOption(None, "plain", costs.stage_copies(stage, None)))
+    if not options:
         others = [dim for dim in costs.sizes if dim not in stage.mixes]
         more = f"make {' or '.join(others)} shardable, " if others else ""
         raise UsageError(
             f"stage {stage.name!r} mixes {', '.join(stage.mixes)}, so none of the shardable dims ({', '.join(shardable)}) can "
             f"stay sharded while it runs: {more}describe its attention, which Ulysses can then serve, or set may_run_whole"
         )
-    return ways
+    return options
 
 
-def _reshard(source: str | None, target: str | None, costs: Costs, width: int) -> Reshard:
+def _reshard_between(source: str | None, target: str | None, costs: Costs, width: int) -> Reshard:
     cost = costs.reshard(source, target, width)
     if source == target:
         return Reshard("keep", source, target, cost)
     return Reshard("split" if source is None else "gather" if target is None else "switch", source, target, cost)
 
 
-def _checked(
+def _check_chain(
     stages: Sequence[StageNeeds],
     sizes: Mapping[str, int],
     ranks: int,
     shardable: Sequence[str],
-    bytes_per_position: int | Sequence[int],
     start: str | None,
     end: str | None,
-) -> list[int]:
-    """``bytes_per_position`` before each stage and after the last, if all arguments of `cheapest_plan` fit each other."""
+) -> None:
+    """Refuse arguments of `cheapest_plan` that do not fit each other."""
     if not stages:
         raise UsageError("stages is empty; a plan needs at least one stage")
     if ranks < 1:
@@ -214,12 +214,16 @@ def _checked(
             )
     if not shardable or len(set(shardable)) < len(shardable):
         raise UsageError(f"shardable={tuple(shardable)} must name at least one dim, and each once")
-    boundaries = len(stages) + 1
+
+
+def _bytes_at_boundaries(bytes_per_position: int | Sequence[int], stages: int) -> list[int]:
+    """``bytes_per_position`` before each of so many stages and after the last."""
+    boundaries = stages + 1
     widths = [bytes_per_position] * boundaries if isinstance(bytes_per_position, int) else list(bytes_per_position)
     if len(widths) != boundaries or min(widths) < 1:
         raise UsageError(
             f"bytes_per_position={bytes_per_position} must be at least 1, and one number or {boundaries}: before each of the "
-            f"{len(stages)} stages and after the last"
+            f"{stages} stages and after the last"
         )
     return widths
 
