@@ -23,8 +23,10 @@ from megatron_dsp.errors import UsageError
 from megatron_dsp.layout import Layout, shard_range
 from megatron_dsp.models.attention import OverRanks, SelfAttention
 from megatron_dsp.models.attention_kernels import attention
+from megatron_dsp.models.block_runner import DIMS, attention_over_ranks
 from megatron_dsp.models.embeddings import time_rotations
-from megatron_dsp.models.video_dit import DIMS, Block, VideoDiTConfig, attention_over_ranks
+from megatron_dsp.models.video_dit import Block
+from megatron_dsp.models.video_dit_config import VideoDiTConfig
 from megatron_dsp.reshard import FixedOverlap, Region, Stage
 from megatron_dsp.reshard.exchange import exchange_of
 from megatron_dsp.reshard.exposed import NoTransport

@@ -88,9 +88,9 @@ class SelfAttention(nn.Module):
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """Attention over the whole dim, of and to [T, B, S, H, D] with any number of heads."""
-        return self.stored(attention(self.batched(query), self.batched(key), self.batched(value)), query)
+        return self.to_storage_order(attention(self.to_batch(query), self.to_batch(key), self.to_batch(value)), query)
 
-    def batched(self, x: Tensor) -> Tensor:
+    def to_batch(self, x: Tensor) -> Tensor:
         """[T, B, S, H, D] as [batch, H, length, D]; a view, but over both dims of several samples."""
         if self.over == "space":
             return x.flatten(0, 1).transpose(1, 2)
@@ -98,7 +98,7 @@ class SelfAttention(nn.Module):
             return x.flatten(1, 2).permute(1, 2, 0, 3)
         return x.transpose(0, 1).flatten(1, 2).transpose(1, 2)
 
-    def stored(self, attended: Tensor, like: Tensor) -> Tensor:
+    def to_storage_order(self, attended: Tensor, like: Tensor) -> Tensor:
         """Bring [batch, H, length, D] back to the shape of ``like`` [T, B, S, H, D]: a view where the kernel kept the order."""
         if self.over == "all":
             return attended.transpose(1, 2).unflatten(1, like.shape[0:3:2]).transpose(0, 1)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from megatron_dsp.models.embeddings import TIMESTEP_CHANNELS, grid_size
-from megatron_dsp.models.video_dit import VideoDiTConfig
+from megatron_dsp.models.video_dit_config import VideoDiTConfig
 
 
 def forward_flops(config: VideoDiTConfig, *, frames: int, height: int, width: int, conditioning_tokens: int, batch: int) -> int:

@@ -21,18 +21,18 @@ if HAS_APEX:
 
 def layer_norm(x: Tensor) -> Tensor:
     """Layer norm over the channels of x [..., channels], without weights."""
-    if _fused(x):
+    if _use_fused(x):
         return fused_layer_norm(x, x.shape[-1:], EPSILON)
     return F.layer_norm(x, x.shape[-1:], eps=EPSILON)
 
 
 def rms_norm(x: Tensor, weight: Tensor) -> Tensor:
     """RMS norm (arXiv 1910.07467) over the channels of x [..., channels], times ``weight`` [channels], both of one dtype."""
-    if _fused(x):
+    if _use_fused(x):
         return fused_rms_norm_affine(x, weight, x.shape[-1:], EPSILON)
     return F.rms_norm(x, x.shape[-1:], weight, EPSILON)
 
 
-def _fused(x: Tensor) -> bool:
+def _use_fused(x: Tensor) -> bool:
     # apex's kernels cannot be launched for an empty tensor, which a rank with an empty shard has.
     return HAS_APEX and x.is_cuda and x.numel() > 0 and not torch.compiler.is_compiling()

@@ -2,105 +2,33 @@
 
 A layer pair is one block that attends over space and one that attends over time. Activations stay in storage order
 [T, B, S, C] from the first layer to the last: T token frames, B batch, S spatial tokens, C hidden size. The modules
-compute on whatever part of T or S they are given and know nothing of ranks; ``VideoDiT.forward`` alone says where the
-shard lies.
+compute on whatever part of T or S they are given and know nothing of ranks; ``block_runner`` alone says where the shard
+lies.
 """
 
 from __future__ import annotations
 
-import math
-import operator
-from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import lru_cache, partial
-from typing import Any, NamedTuple, cast
+from typing import cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
-from torch.utils.checkpoint import checkpoint
 
-from megatron_dsp.embedded import ring, ulysses, ulysses_in_chunks
 from megatron_dsp.errors import UsageError
-from megatron_dsp.layout import Layout, shard_range
 from megatron_dsp.models.attention import CrossAttention, Over, OverRanks, SelfAttention
+from megatron_dsp.models.block_runner import Activations, BlockRunner
 from megatron_dsp.models.embeddings import (
     ConditioningEmbedding,
     TimestepEmbedding,
     grid_size,
     patchify,
     space_positions,
-    time_rotations,
     unpatchify,
 )
 from megatron_dsp.models.norms import layer_norm
-from megatron_dsp.planner import Attention, ChainPlan, StageNeeds, cheapest_plan
-from megatron_dsp.reshard import FixedOverlap, Region, Stage, switch
-from megatron_dsp.reshard.exchange import exchange_of
+from megatron_dsp.models.video_dit_config import VideoDiTConfig, check_inputs
 from megatron_dsp.tensor import ColumnParallelLinear, RowParallelLinear, TensorParallel, initialise
-
-DIMS = ("time", "batch", "space", "channels")
-BACKENDS = ("dsp", "ulysses", "ring")
-
-
-@dataclass(frozen=True)
-class VideoDiTConfig:
-    """Sizes of a :class:`VideoDiT`.
-
-    Attributes:
-        layers: layer pairs; each is one spatial and one temporal block.
-        hidden: channels of a token; a multiple of 4 (sine and cosine of two space positions).
-        heads: attention heads; ``hidden / heads`` must be even (rotary positions turn pairs of channels).
-        patch: frames, rows and columns of a token.
-        channels: channels of the video (pixels or latents).
-        conditioning_size: channels of a conditioning token.
-        mlp_ratio: width of the MLPs over ``hidden``.
-        qk_norm: normalise the queries and keys of self-attention.
-        full_attention_every: of every so many layer pairs, the last one's temporal block attends over all tokens of all frames;
-            None: none does.
-    """
-
-    layers: int
-    hidden: int
-    heads: int
-    conditioning_size: int
-    patch: tuple[int, int, int] = (1, 2, 2)
-    channels: int = 3
-    mlp_ratio: float = 4.0
-    qk_norm: bool = True
-    full_attention_every: int | None = None
-
-    @property
-    def patch_channels(self) -> int:
-        """Values of a token before it is embedded."""
-        return self.channels * math.prod(self.patch)
-
-    @property
-    def block_dims(self) -> list[Over]:
-        """What each block attends over, in the order in which they run."""
-        every = self.full_attention_every
-        pairs: list[tuple[Over, Over]] = [
-            ("space", "all" if every is not None and pair % every == 0 else "time") for pair in range(1, self.layers + 1)
-        ]
-        return [over for pair in pairs for over in pair]
-
-    def __post_init__(self) -> None:
-        for name in ("layers", "hidden", "heads", "conditioning_size", "channels", "mlp_ratio"):
-            if getattr(self, name) <= 0:
-                raise UsageError(f"{name}={getattr(self, name)} must be greater than 0")
-        if len(self.patch) != 3 or min(self.patch) < 1:
-            raise UsageError(f"patch={self.patch} must be three sizes of at least 1: frames, rows, columns")
-        if self.hidden % 4:
-            raise UsageError(f"hidden={self.hidden} must be a multiple of 4, for sinusoidal positions in space")
-        if self.hidden % (2 * self.heads):
-            raise UsageError(
-                f"hidden={self.hidden} over heads={self.heads} must give an even head size, for rotary positions: "
-                f"choose hidden as a multiple of {2 * self.heads}"
-            )
-        if self.full_attention_every is not None and self.full_attention_every < 1:
-            raise UsageError(f"full_attention_every={self.full_attention_every} must be at least 1, or None")
-
 
 # 720m and 3b have as many parameters as the models that the DSP paper trains (arXiv 2403.10266), for T5-XXL's text tokens
 # of 4096 channels and latents of 4. A layer pair here has two cross-attentions and two MLPs, 32 C^2 parameters; the depths
@@ -127,7 +55,7 @@ class Block(nn.Module):
                 "over; use one of the two"
             )
         inner = int(config.hidden * config.mlp_ratio)
-        self.over, self.tensor = over, tensor
+        self.tensor = tensor
         self.modulation_table = nn.Parameter(torch.empty(6, config.hidden))
         self.self_attention = SelfAttention(config.hidden, config.heads, over, config.qk_norm, tensor)
         self.cross_attention = CrossAttention(config.hidden, config.heads, tensor)
@@ -185,24 +113,6 @@ class Head(nn.Module):
         _reset_linear_and_norms(self)
         nn.init.zeros_(self.modulation_table)
         nn.init.zeros_(self.out.weight)
-
-
-class Activations(NamedTuple):
-    """What goes from one part of the model to the next.
-
-    Attributes:
-        x: tokens [T, B, S, C], of which a rank holds its shard, in the layout of the part that made it.
-        time: the embedding of all frames' diffusion times, [T, B, C].
-        modulation: that all blocks share, of all frames, [T, B, 6 C].
-        tokens: conditioning tokens, [B, L, C].
-        mask: of those to attend to, [B, L], bool.
-    """
-
-    x: Tensor
-    time: Tensor
-    modulation: Tensor
-    tokens: Tensor
-    mask: Tensor
 
 
 class Embedding(nn.Module):
@@ -302,151 +212,9 @@ class VideoDiT(nn.Module):
         x, *others = self.embedding(video, timesteps, conditioning, conditioning_mask, conditioning_drop)
         entering = Activations(self.tensor.shard(x), *others)
         h, w = grid_size(video.shape[3], video.shape[4], self.config.patch)
-        way = Way(self.config, self.tensor, group, backend, self.recompute)
-        patches = way.run([*self.blocks(), self.head], entering, space=h * w, first=0)
+        runner = BlockRunner(self.config, self.tensor, group, backend, self.recompute)
+        patches = runner.run([*self.blocks(), self.head], entering, space=h * w, first=0)
         return unpatchify(patches, self.config.patch, video.shape)
-
-
-class Way(NamedTuple):
-    """How activations go through blocks.
-
-    Attributes:
-        config: as that of the blocks.
-        tensor: as that of the blocks.
-        group: the sequence group; None: this rank has everything.
-        backend: as of `VideoDiT.forward`.
-        recompute: as of `VideoDiT`.
-    """
-
-    config: VideoDiTConfig
-    tensor: TensorParallel
-    group: ProcessGroup | None
-    backend: str
-    recompute: bool
-
-    def layouts(self, frames: int, batch: int, space: int) -> tuple[str, ...]:
-        """The dim that is sharded before the first part, while each part runs, and in the result: by the cheapest plan.
-
-        The model's input and output have shards of time.
-        """
-        return _layouts(*self._of_plan(frames, batch, space))
-
-    def _of_plan(self, frames: int, batch: int, space: int) -> tuple[Any, ...]:
-        if self.backend not in BACKENDS:
-            raise UsageError(f"backend={self.backend!r} is not known; use one of: {', '.join(BACKENDS)}")
-        ranks = 1 if self.group is None else self.group.size()
-        head_moves = self.tensor.sequence_dim is None  # else tensor ranks divide space before the others do
-        heads = self.config.heads // self.tensor.size, self.config.hidden // self.config.heads
-        widths = self.config.hidden, self.config.patch_channels
-        sizes = map(operator.index, (frames, batch, space))  # a compiler's symbols become numbers, on which the plan depends
-        return (tuple(self.config.block_dims), heads, widths, head_moves, self.backend, ranks, *sizes)
-
-    def run(self, parts: Sequence[Block | Head], activations: Activations, *, space: int, first: int) -> Tensor:
-        """Take ``activations.x`` through ``parts``; the result is in the last one's layout, that of the model in its frames.
-
-        ``space`` are the spatial tokens of a frame; ``first`` is the place of the first part among the model's blocks, from 0.
-        """
-        x, time, modulation, tokens, mask = activations
-        frames, batch = time.shape[:2]
-        # With sequence_dim the tensor ranks divide the tokens first: each group along the sequence axis knows its own alone.
-        space = space if self.tensor.sequence_dim is None else space // self.tensor.size
-        layouts = self.layouts(frames, batch, space)
-        layout = Layout(DIMS, (frames, batch, space, self.config.hidden), sharded=layouts[first])
-        region = Region(layout, self.group, sharing=self.tensor.sharing(self.config.hidden))
-        rotations = time_rotations(frames, self.config.hidden // self.config.heads, like=x)
-        sides = (self.tensor.beside(modulation), self.tensor.part(tokens), mask, rotations)
-        stages = []
-        for index, part in enumerate(parts, start=first):
-            sharded = layouts[index + 1]
-            if isinstance(part, Head):
-                stages.append(Stage(partial(self._head, part, region, time), sharded, "head"))
-            else:
-                over_ranks = self._over_ranks(part.over, sharded, region)
-                name = f"{_NAMES[part.over]} {index // 2}"
-                compute = partial(self._block, part, region, sides, over_ranks)
-                stages.append(Stage(compute, sharded, name, mixes_sharded=over_ranks is not None))
-        x = region.run(stages, x, independent="batch")
-        if parts and isinstance(parts[-1], Head) and layouts[-1] != region.layout.sharded:
-            # Patches are narrower than tokens, and all tensor ranks have all of them.
-            gather, split = DIMS.index(region.layout.sharded or ""), DIMS.index(layouts[-1])
-            x = switch(x, gather=gather, split=split, size=layout.sizes[gather], group=self.group, stage="output")
-        return x
-
-    def _over_ranks(self, over: Over, sharded: str, region: Region) -> OverRanks | None:
-        """What attends over ``over`` where ``sharded`` is a part of it that is sharded; None: the block has all of it."""
-        if self.group is None or self.group.size() == 1 or over not in (sharded, "all"):
-            return None
-        return attention_over_ranks(self.backend, over, sharded, region.layout, self.group)
-
-    def _block(
-        self,
-        block: Block,
-        region: Region,
-        sides: tuple[Tensor, Tensor, Tensor, Tensor],
-        over_ranks: OverRanks | None,
-        x: Tensor,
-    ) -> Tensor:
-        modulation, tokens, mask, rotations = sides
-        local = [_local(region, modulation, "time", "batch"), _local(region, tokens, "batch"), _local(region, mask, "batch")]
-        if block.over != "space":
-            local.append(_local(region, rotations, "time"))
-        if self.recompute and torch.is_grad_enabled():
-            return checkpoint(block, x, *local, over_ranks=over_ranks, use_reentrant=False)
-        return block(x, *local, over_ranks=over_ranks)
-
-    def _head(self, head: Head, region: Region, time: Tensor, x: Tensor) -> Tensor:
-        return head(self.tensor.whole(x), _local(region, time, "time", "batch"))
-
-
-_NAMES = {"space": "spatial", "time": "temporal", "all": "full"}
-
-
-@torch.compiler.assume_constant_result  # a compiler would trace the planner; it is a function of its arguments alone
-def _layouts(*of_plan: Any) -> tuple[str, ...]:
-    plan = _plan(*of_plan, 1)
-    return tuple(cast(str, layout) for layout in ("time", *plan.layouts, plan.after.target))
-
-
-@lru_cache(maxsize=256)
-def _plan(
-    block_dims: tuple[Over, ...],
-    heads: tuple[int, int],
-    widths: tuple[int, int],
-    head_moves: bool,
-    backend: str,
-    ranks: int,
-    frames: int,
-    batch: int,
-    space: int,
-    element_size: int,
-) -> ChainPlan:
-    """That of `Way.layouts`, of plain numbers, which compilers take for constants.
-
-    ``heads``: how many a rank has, and their size; ``widths``: channels of a token, and values of a patch; ``head_moves``:
-    whether the model's head may run on any shard.
-    """
-    attention = Attention(heads[0], heads[1] * element_size, ring=backend == "ring")
-    mixed = {"space": ("space",), "time": ("time",), "all": ("time", "space")}
-    stages = [
-        # DSP keeps the shard on a dim that a block does not mix, where there is one. With Ulysses and Ring it never moves.
-        StageNeeds(f"{_NAMES[over]} {index // 2}", mixed[over], attention if backend != "dsp" or over == "all" else None)
-        for index, over in enumerate(block_dims)
-    ]
-    return cheapest_plan(
-        [*stages, StageNeeds("head", () if head_moves else ("space",))],
-        {"time": frames, "batch": batch, "space": space},
-        ranks=ranks,
-        shardable=("time", "space") if backend == "dsp" else ("time",),
-        bytes_per_position=[widths[0] * element_size] * (len(stages) + 1) + [widths[1] * element_size],
-        start="time",
-        end="time",
-    )
-
-
-def _local(region: Region, side: Tensor, *names: str) -> Tensor:
-    for dim, name in enumerate(names):
-        side = region.local(side, dim=dim, name=name)
-    return side
 
 
 def part_seeds(config: VideoDiTConfig) -> list[int]:
@@ -475,79 +243,6 @@ def _reset_linear_and_norms(part: nn.Module) -> None:
                 initialise(module.bias, nn.init.zeros_)
         elif isinstance(module, nn.RMSNorm):
             module.reset_parameters()
-
-
-def check_inputs(
-    config: VideoDiTConfig,
-    group: ProcessGroup | None,
-    video: Tensor,
-    timesteps: Tensor,
-    conditioning: Tensor,
-    mask: Tensor,
-    drop: Tensor | None,
-) -> None:
-    """Refuse arguments of `VideoDiT.forward` that do not fit the config or each other, with its errors."""
-    if video.ndim != 5 or video.shape[2] != config.channels:
-        raise UsageError(
-            f"video has shape {tuple(video.shape)}; it must be [frames, batch, {config.channels} channels, "
-            "height, width], with the channels of the config"
-        )
-    batch = video.shape[1]
-    if timesteps.ndim != 2 or timesteps.shape[1] != batch:
-        raise UsageError(
-            f"timesteps have shape {tuple(timesteps.shape)}; they must be "
-            f"[token frames of the whole clip, {batch}] for this batch"
-        )
-    size = config.conditioning_size
-    if conditioning.ndim != 3 or conditioning.shape[::2] != (batch, size) or conditioning.shape[1] == 0:
-        raise UsageError(
-            f"conditioning has shape {tuple(conditioning.shape)}; it must be [{batch}, tokens, {size}] with at "
-            "least one token: for samples without any, pass one and mask it"
-        )
-    for name, tensor, shape in (("mask", mask, conditioning.shape[:2]), ("drop", drop, conditioning.shape[:1])):
-        if tensor is not None and (tensor.shape != shape or tensor.dtype != torch.bool):
-            raise UsageError(
-                f"conditioning_{name} is {tensor.dtype} of shape {tuple(tensor.shape)}; it must be bool of shape {tuple(shape)}"
-            )
-    frames, token_frames, depth = video.shape[0], timesteps.shape[0], config.patch[0]
-    start, stop = (0, token_frames) if group is None else shard_range(token_frames, group.size(), group.rank())
-    most = (stop - start) * depth
-    least = most - depth + 1 if start < stop == token_frames else most
-    if not least <= frames <= most:
-        raise ValueError(
-            f"video has {frames} frames, but {stop - start} of the clip's {token_frames} token frames (of {depth} "
-            f"frames each) belong here: give it {least} to {most} frames, or timesteps for other token frames"
-        )
-
-
-def attention_over_ranks(backend: str, over: Over, sharded: str, layout: Layout, group: ProcessGroup) -> OverRanks:
-    """What attends over ``over`` where its dim ``sharded`` is sharded.
-
-    Over all tokens Ring works as over time; the other backends move the shard to the heads.
-    """
-    overlap = exchange_of(group).overlap
-    # Which number of chunks is fastest is measured for DSP's stages alone.
-    chunks = overlap.chunks if isinstance(overlap, FixedOverlap) and over != "all" else 1
-
-    dim, stage = DIMS.index(sharded), _NAMES[over]
-    where: Any = {"over": dim, "heads": 3, "size": layout.sizes[dim], "group": group, "stage": stage}
-
-    def by_ulysses(module: SelfAttention, x: Tensor, rotations: Tensor | None) -> Tensor:
-        return module.finish(ulysses(module.attend, *module.project(x, rotations), **where))
-
-    def by_ulysses_in_chunks(module: SelfAttention, x: Tensor, rotations: Tensor | None) -> Tensor:
-        project = partial(module.project, rotations=rotations)
-        return ulysses_in_chunks(project, module.attend, module.finish, x, along=2, chunks=chunks, **where)
-
-    def by_ring(module: SelfAttention, x: Tensor, rotations: Tensor | None) -> Tensor:
-        query, key, value = module.project(x, rotations)
-        batched = (module.batched(each) for each in (query, key, value))
-        size = layout.size("time") * (layout.size("space") if over == "all" else 1)
-        return module.finish(module.stored(ring(*batched, size=size, group=group, stage=stage), query))
-
-    if backend == "ring":
-        return by_ring
-    return by_ulysses if chunks == 1 else by_ulysses_in_chunks
 
 
 def modulated_norm(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:

@@ -24,8 +24,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from megatron_dsp.config import Config
 from megatron_dsp.layout import Layout, shard_range
 from megatron_dsp.mesh import AXES, Mesh, RankGrid
+from megatron_dsp.models.block_runner import DIMS
 from megatron_dsp.models.embeddings import grid_size, unpatchify
-from megatron_dsp.models.video_dit import DIMS, VideoDiT, VideoDiTConfig
+from megatron_dsp.models.video_dit import VideoDiT, VideoDiTConfig
 from megatron_dsp.reshard import ledger
 from megatron_dsp.tensor import TensorParallel
 from megatron_dsp.training import rectified_flow

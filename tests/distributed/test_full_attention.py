@@ -9,7 +9,8 @@ import torch.distributed as dist
 from test_sharded_video_dit import compare
 
 import megatron_dsp as dsp
-from megatron_dsp.models.video_dit import VideoDiT, VideoDiTConfig, Way, _plan
+from megatron_dsp.models.block_runner import BlockRunner, plan_blocks
+from megatron_dsp.models.video_dit import VideoDiT, VideoDiTConfig
 from megatron_dsp.reshard import FixedOverlap
 from megatron_dsp.reshard.exchange import exchange_of
 from megatron_dsp.tensor import TensorParallel
@@ -24,8 +25,8 @@ def _compare(
     group = dist.group.WORLD
     exchange_of(group).overlap = FixedOverlap(chunks) if chunks > 1 else None
     moved, batch = compare(config, T, H, W, backend, recompute=recompute)
-    of_plan = Way(config, TensorParallel(), group, backend, recompute)._of_plan(T, batch, H // 2 * W // 2)
-    plan = _plan(*of_plan, 8)  # of fp64
+    inputs = BlockRunner(config, TensorParallel(), group, backend, recompute).plan_inputs(T, batch, H // 2 * W // 2)
+    plan = plan_blocks(inputs, element_size=8)  # of fp64
     collectives, forward, backward = 0, 0, 0
     for operation, (calls, sent) in moved.by("operation").items():
         if operation.endswith("adjoint"):

@@ -12,7 +12,7 @@ from work import CHAIN, compare_stages, compare_video, missing
 
 import megatron_dsp as dsp
 from megatron_dsp.layout import Layout
-from megatron_dsp.models.video_dit import DIMS
+from megatron_dsp.models.block_runner import DIMS
 from megatron_dsp.reshard import FixedOverlap, Region, Stage
 from megatron_dsp.reshard.exchange import exchange_of
 

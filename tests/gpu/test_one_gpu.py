@@ -37,8 +37,8 @@ from work import CHAIN, Result, compare_stages, compare_video, error, gradient_o
 
 from megatron_dsp.layout import Layout, shard_ranges
 from megatron_dsp.models.attention import SelfAttention
+from megatron_dsp.models.block_runner import DIMS
 from megatron_dsp.models.embeddings import time_rotations
-from megatron_dsp.models.video_dit import DIMS
 from megatron_dsp.reshard import FixedOverlap, Region, Stage, transports
 from megatron_dsp.reshard.exchange import Exchange, exchange_of
 from megatron_dsp.reshard.legs import Landing, Leg

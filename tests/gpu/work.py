@@ -10,7 +10,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from megatron_dsp.layout import Layout, shard_range
-from megatron_dsp.models.video_dit import DIMS, VideoDiT, VideoDiTConfig
+from megatron_dsp.models.block_runner import DIMS
+from megatron_dsp.models.video_dit import VideoDiT, VideoDiTConfig
 from megatron_dsp.reshard import FixedOverlap, Region, Stage
 from megatron_dsp.reshard.exchange import exchange_of
 

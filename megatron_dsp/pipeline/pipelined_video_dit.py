@@ -19,19 +19,10 @@ from torch import Tensor
 from megatron_dsp import launch
 from megatron_dsp.errors import UsageError
 from megatron_dsp.mesh import Mesh
+from megatron_dsp.models.block_runner import Activations, BlockRunner
 from megatron_dsp.models.embeddings import grid_size
-from megatron_dsp.models.video_dit import (
-    Activations,
-    Block,
-    Embedding,
-    Head,
-    VideoDiTConfig,
-    Way,
-    check_inputs,
-    part_names,
-    part_seeds,
-    reset_part,
-)
+from megatron_dsp.models.video_dit import Block, Embedding, Head, part_names, part_seeds, reset_part
+from megatron_dsp.models.video_dit_config import VideoDiTConfig, check_inputs
 from megatron_dsp.tensor import TensorParallel
 
 
@@ -81,7 +72,7 @@ class PipelinedVideoDiT(PipelineModule):
         super().__init__(specs, topology=topology(mesh), loss_fn=loss, partition_method=partition, dynamic_shape=True)
         self.config, self.tensor, self.layer_names = config, tensor, part_names(config)
         self._group = mesh.group("sequence")
-        self._way = Way(config, tensor, self._group, backend, recompute)
+        self._way = BlockRunner(config, tensor, self._group, backend, recompute)
         first, stop = self._local_start, self._local_stop
         self._first = first - 1  # the embedding is no block
         self._is_first, self._is_last = first == 0, stop == len(parts)
@@ -106,7 +97,7 @@ class PipelinedVideoDiT(PipelineModule):
             entering, space = Activations(x, time, modulation, tokens, mask.bool()), len(marks)
         x = self._way.run(parts, entering, space=space, first=max(self._first, 0))
         if self._is_last:
-            return _Used.apply(x, entering.time, entering.modulation, entering.tokens)
+            return _WithZeroGradients.apply(x, entering.time, entering.modulation, entering.tokens)
         marks = x.new_zeros(space, dtype=torch.uint8)  # says how many spatial tokens there are, by its length
         # DeepSpeed goes back through the floats one by one and keeps the graph until the last, which frees most. It receives
         # the n-th tensor and the n-th gradient in the same memory, of one dtype: so what has no gradient comes after them.
@@ -126,7 +117,7 @@ class _PartSpec(LayerSpec):
         return part
 
 
-class _Used(torch.autograd.Function):
+class _WithZeroGradients(torch.autograd.Function):
     """``x``; the others get a gradient of zero from it, as DeepSpeed wants one for all that it sent."""
 
     @staticmethod
