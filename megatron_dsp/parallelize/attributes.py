@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from megatron_dsp.errors import UsageError
-from megatron_dsp.parallelize.arguments import float_tensors
-from megatron_dsp.parallelize.needs import Computed, LocalSize, Slice
+from megatron_dsp.parallelize.call_arguments import float_tensors
+from megatron_dsp.parallelize.module_needs import Computed, LocalSize, Slice
 from megatron_dsp.parallelize.pattern import parse
-from megatron_dsp.parallelize.region import Region
+from megatron_dsp.parallelize.sharded_forward import ShardedForward
 
 _NOTHING = object()
 
@@ -33,32 +33,32 @@ class LocalAttributes:
         for path in sides:
             self._value(path)
 
-    def make_local(self, region: Region, sharded: str) -> None:
+    def make_local(self, forward: ShardedForward, sharded: str) -> None:
         """Until `restore`, the module finds what it has where ``sharded`` is sharded. Errors: RankError for other shapes."""
         self.restore()
         for path, side in self._sides.items():
             where, own = f"{self._where} {path!r}", self._value(path)
             if isinstance(side, Slice):
-                value = region.rows(where, own, parse(side.pattern), sharded)
+                value = forward.own_rows(where, own, parse(side.pattern), sharded)
             else:
-                value = region.local_value(where, own, side, sharded, sharded)
+                value = forward.local_value(where, own, side, sharded, sharded)
             first, *rest = path.split(".")
-            self._put(first, _with_attribute(getattr(self.module, first), rest, value) if rest else value)
+            self._put(first, _copy_with_attribute(getattr(self.module, first), rest, value) if rest else value)
 
-    def make_local_in_backward(self, output: Any, region: Region, sharded: str) -> None:
+    def make_local_in_backward(self, output: Any, forward: ShardedForward, sharded: str) -> None:
         """As `make_local`, from where backward comes to ``output`` until it ends.
 
         A module may compute its own forward again there (transformers' layers do), which calls no hooks.
         """
         for x in float_tensors(output):
             if x.requires_grad:
-                x.register_hook(lambda _: self._make_local_until_backward_ends(region, sharded))
+                x.register_hook(lambda _: self._make_local_until_backward_ends(forward, sharded))
 
-    def _make_local_until_backward_ends(self, region: Region, sharded: str) -> None:
+    def _make_local_until_backward_ends(self, forward: ShardedForward, sharded: str) -> None:
         if not self._own:
             torch.autograd.Variable._execution_engine.queue_callback(self.restore)
         with torch.enable_grad():  # hooks run without; a part of a parameter has a gradient
-            self.make_local(region, sharded)
+            self.make_local(forward, sharded)
 
     def wait(self, module: nn.Module) -> None:
         """The module is called, and the region is to be entered in it."""
@@ -91,11 +91,11 @@ class LocalAttributes:
         return value
 
 
-def _with_attribute(value: Any, path: list[str], new: Any) -> Any:
+def _copy_with_attribute(value: Any, path: list[str], new: Any) -> Any:
     """A shallow copy of ``value`` in which one attribute, or one of an attribute, is ``new``."""
     name, *rest = path
     if isinstance(value, (Tensor, nn.Module)):
         raise UsageError(f"a {type(value).__name__} that holds {name!r} cannot be copied; name its own module in attributes=")
     result = copy.copy(value)
-    setattr(result, name, _with_attribute(getattr(value, name), rest, new) if rest else new)
+    setattr(result, name, _copy_with_attribute(getattr(value, name), rest, new) if rest else new)
     return result

@@ -18,16 +18,16 @@ from torch.utils.hooks import RemovableHandle
 
 from megatron_dsp.errors import UsageError
 from megatron_dsp.mesh import Mesh
-from megatron_dsp.parallelize.arguments import Parameters, Passed, get, output_item, put, with_items
-from megatron_dsp.parallelize.attention import AttentionOverRanks
+from megatron_dsp.parallelize.attention_calls import AttentionCallsOverRanks
 from megatron_dsp.parallelize.attributes import LocalAttributes
+from megatron_dsp.parallelize.call_arguments import Parameters, Passed, get, output_item, put, replace_items
+from megatron_dsp.parallelize.layout_changes import LayoutChange, change_layouts
 from megatron_dsp.parallelize.match import check_boundaries, modules_of, modules_with_attributes, planned_modules
-from megatron_dsp.parallelize.needs import Boundary, Carried, Needs, Place, Reduced, Slice
+from megatron_dsp.parallelize.model_plan import Plan
+from megatron_dsp.parallelize.module_needs import ArgumentOrItem, Boundary, Carried, Needs, Reduced, Slice
 from megatron_dsp.parallelize.pattern import parse
-from megatron_dsp.parallelize.plan import Plan
-from megatron_dsp.parallelize.reductions import reduced
-from megatron_dsp.parallelize.region import Agree, Call, Region
-from megatron_dsp.parallelize.shards import Move, moved
+from megatron_dsp.parallelize.reductions import reduce_output
+from megatron_dsp.parallelize.sharded_forward import Agree, Call, ShardedForward
 
 _handles: weakref.WeakKeyDictionary[nn.Module, list[RemovableHandle]] = weakref.WeakKeyDictionary()  # of parallelized models
 
@@ -63,15 +63,15 @@ def refuse_parallelized(model: nn.Module) -> None:
             raise UsageError(f"{part} {type(model).__name__} is parallelized already; call dsp.unparallelize on it first")
 
 
-def attach(model: nn.Module, plan: Plan, group: dist.ProcessGroup, agree: Agree | None = None) -> Region:
-    """`parallelize` over ``group``; for ``agree`` see `Region`."""
+def attach(model: nn.Module, plan: Plan, group: dist.ProcessGroup, agree: Agree | None = None) -> ShardedForward:
+    """`parallelize` over ``group``; for ``agree`` see `ShardedForward`."""
     refuse_parallelized(model)
     planned = planned_modules(model, plan)
     check_boundaries(model, plan, planned)
     modules = modules_of(model)
-    matched = modules_with_attributes(modules, plan)
-    attributes = {name: LocalAttributes(name, modules[name], plan.attributes[matched[name]]) for name in matched}
-    region = Region(plan, planned, group, agree)
+    pattern_of = modules_with_attributes(modules, plan)
+    attributes = {name: LocalAttributes(name, modules[name], plan.attributes[pattern_of[name]]) for name in pattern_of}
+    forward = ShardedForward(plan, planned, group, agree)
     handles = _handles[model] = []
 
     def before(name: str, hook: Callable[..., Any]) -> None:
@@ -84,29 +84,29 @@ def attach(model: nn.Module, plan: Plan, group: dist.ProcessGroup, agree: Agree 
         handles.append(modules[name].register_forward_hook(hook, always_call=True))
 
     # Where several are on one module, pre-hooks run in this order; hooks are prepended, and run in the reverse order.
-    before("", lambda *_: region.begin())
-    at_last("", lambda *_: region.finish())
+    before("", lambda *_: forward.begin())
+    at_last("", lambda *_: forward.finish())
     around_entry = [found for name, found in attributes.items() if _holds_entry(name, plan.enter)]
     if plan.sizes is not None:
-        before(plan.sizes.module, _before_sizes(region, plan.sizes, modules[plan.sizes.module]))
+        before(plan.sizes.module, _hook_before_sizes(forward, plan.sizes, modules[plan.sizes.module]))
     for boundary, enters in ((plan.enter, True), (plan.leave, False)):
         if boundary is not None and boundary.after:
-            after(boundary.module, _after_boundary(region, boundary, enters, around_entry))
+            after(boundary.module, _hook_after_boundary(forward, boundary, enters, around_entry))
         elif boundary is not None:
-            before(boundary.module, _before_boundary(region, boundary, enters, modules[boundary.module], around_entry))
+            before(boundary.module, _hook_before_boundary(forward, boundary, enters, modules[boundary.module], around_entry))
     for name in modules:
         if name in planned:
-            runs = _PlannedModule(region, name, modules[name], attributes.get(name))
+            runs = _ModuleHooks(forward, name, modules[name], attributes.get(name))
             before(name, lambda module, args, kwargs, runs=runs: runs.before(module, (args, kwargs)))
             after(name, lambda module, args, output, runs=runs: runs.after(output))
             at_last(name, lambda *_, runs=runs: runs.finish())
         elif name in attributes:
             waits = attributes[name] in around_entry
-            before(name, _before_attributes(region, name, attributes[name], wait=waits))
+            before(name, _hook_before_attributes(forward, name, attributes[name], wait=waits))
             if not waits:
-                after(name, _after_attributes(region, attributes[name]))
+                after(name, _hook_after_attributes(forward, attributes[name]))
             at_last(name, lambda *_, found=attributes[name]: found.finish())
-    return region
+    return forward
 
 
 def _holds_entry(name: str, enter: Boundary) -> bool:
@@ -114,171 +114,175 @@ def _holds_entry(name: str, enter: Boundary) -> bool:
     return enter.module != name and enter.module.startswith(f"{name}." if name else "")
 
 
-# Hooks are closures, which copy.deepcopy leaves as they are: a copy of the model shares its region, and the process group.
+# Hooks are closures, which copy.deepcopy leaves as they are: a copied model shares the forward and the process group.
 
 
-def _before_sizes(region: Region, sizes: Boundary, module: nn.Module) -> Callable[..., Any]:
+def _hook_before_sizes(forward: ShardedForward, sizes: Boundary, module: nn.Module) -> Callable[..., Any]:
     where = f"sizes of {sizes.module!r}"
     parameters = Parameters(where, module)
 
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        with region.checked():
-            found = {place: parameters.required(place, (args, kwargs)) for place in sizes.tensors}
-            region.measure(where, {place: get((args, kwargs), path) for place, path in found.items()})
+        with forward.agree_on_errors():
+            found = {place: parameters.required_path(place, (args, kwargs)) for place in sizes.tensors}
+            forward.measure(where, {place: get((args, kwargs), path) for place, path in found.items()})
 
     return hook
 
 
-def _before_boundary(
-    region: Region, boundary: Boundary, enters: bool, module: nn.Module, attributes: list[LocalAttributes]
+def _hook_before_boundary(
+    forward: ShardedForward, boundary: Boundary, enters: bool, module: nn.Module, attributes: list[LocalAttributes]
 ) -> Callable[..., Any]:
     where = f"{'enter' if enters else 'leave'} before {boundary.module!r}"
     parameters = Parameters(where, module)
 
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         passed = args, kwargs
-        with region.checked():
+        with forward.agree_on_errors():
             first = next(iter(boundary.tensors))
             paths = {place: parameters.path(place, passed) for place in boundary.tensors}
-            paths[first] = parameters.required(first, passed)
+            paths[first] = parameters.required_path(first, passed)
             found = {place: (path, get(passed, path)) for place, path in paths.items() if path is not None}
-            moves = _boundary_moves(region, boundary, enters, where, {place: x for place, (_, x) in found.items()})
-            _turn(attributes, region if enters else None)
-        whole = moved(moves, region.group, "enter" if enters else "leave")
+            changes = _boundary_changes(forward, boundary, enters, where, {place: x for place, (_, x) in found.items()})
+            _swap_attributes(attributes, forward if enters else None)
+        whole = change_layouts(changes, forward.group, "enter" if enters else "leave")
         return put(passed, {found[place][0]: x for place, x in whole.items()})[0]
 
     return hook
 
 
-def _after_boundary(region: Region, boundary: Boundary, enters: bool, attributes: list[LocalAttributes]) -> Callable[..., Any]:
+def _hook_after_boundary(
+    forward: ShardedForward, boundary: Boundary, enters: bool, attributes: list[LocalAttributes]
+) -> Callable[..., Any]:
     where = f"{'enter' if enters else 'leave'} after {boundary.module!r}"
 
     def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-        with region.checked():
+        with forward.agree_on_errors():
             found = {place: output_item(output, place, where) for place in boundary.tensors}
-            moves = _boundary_moves(region, boundary, enters, where, found)
-            _turn(attributes, region if enters else None)
-        return with_items(output, moved(moves, region.group, "enter" if enters else "leave"))
+            changes = _boundary_changes(forward, boundary, enters, where, found)
+            _swap_attributes(attributes, forward if enters else None)
+        return replace_items(output, change_layouts(changes, forward.group, "enter" if enters else "leave"))
 
     return hook
 
 
-def _boundary_moves(
-    region: Region, boundary: Boundary, enters: bool, where: str, found: Mapping[Place, Any]
-) -> dict[Place, Move]:
-    source = None if enters else region.leave(where)
-    target = region.enter(where, next(iter(found.values()))) if enters else None
+def _boundary_changes(
+    forward: ShardedForward, boundary: Boundary, enters: bool, where: str, found: Mapping[ArgumentOrItem, Any]
+) -> dict[ArgumentOrItem, LayoutChange]:
+    source = None if enters else forward.leave(where)
+    target = forward.enter(where, next(iter(found.values()))) if enters else None
     what = "item" if boundary.after else "argument"
     return {
-        place: region.move(f"{where}: {what} {place!r}", x, parse(boundary.tensors[place]), source, target)
+        place: forward.layout_change(f"{where}: {what} {place!r}", x, parse(boundary.tensors[place]), source, target)
         for place, x in found.items()
         if x is not None
     }
 
 
-def _turn(attributes: list[LocalAttributes], region: Region | None) -> None:
+def _swap_attributes(attributes: list[LocalAttributes], forward: ShardedForward | None) -> None:
     """Of modules that run now: to local values where the region is entered, back where it is left."""
     for found in attributes:
         if found.waiting:
-            found.restore() if region is None else found.make_local(region, region.routes.start)
+            found.restore() if forward is None else found.make_local(forward, forward.routes.start)
 
 
-def _before_attributes(region: Region, name: str, attributes: LocalAttributes, *, wait: bool) -> Callable[..., Any]:
+def _hook_before_attributes(
+    forward: ShardedForward, name: str, attributes: LocalAttributes, *, wait: bool
+) -> Callable[..., Any]:
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if wait:
             attributes.wait(module)
             return
-        with region.checked():
-            region.within(f"module {name!r}")
+        with forward.agree_on_errors():
+            forward.check_entered(f"module {name!r}")
             attributes.module = module
-            attributes.make_local(region, region.routes.start)
+            attributes.make_local(forward, forward.routes.start)
 
     return hook
 
 
-def _after_attributes(region: Region, attributes: LocalAttributes) -> Callable[..., None]:
-    return lambda module, args, output: attributes.make_local_in_backward(output, region, region.routes.start)
+def _hook_after_attributes(forward: ShardedForward, attributes: LocalAttributes) -> Callable[..., None]:
+    return lambda module, args, output: attributes.make_local_in_backward(output, forward, forward.routes.start)
 
 
 @dataclass
-class _Running:
+class _RunningCall:
     """A call of a planned module that has not returned."""
 
     exits: ExitStack
     call: Call | None = None
-    attention: AttentionOverRanks | None = None
+    attention: AttentionCallsOverRanks | None = None
 
 
-class _PlannedModule:
+class _ModuleHooks:
     """What is done before and after a planned module."""
 
-    def __init__(self, region: Region, name: str, module: nn.Module, attributes: LocalAttributes | None):
-        self._region, self._name, self._attributes = region, name, attributes
+    def __init__(self, forward: ShardedForward, name: str, module: nn.Module, attributes: LocalAttributes | None):
+        self._forward, self._name, self._attributes = forward, name, attributes
         self._where = f"module {name!r}"
         self._parameters = Parameters(self._where, module)
-        self._running: list[_Running] = []
+        self._running: list[_RunningCall] = []
 
     def before(self, module: nn.Module, passed: Passed) -> Passed:
         """The arguments that the module gets."""
-        region, running = self._region, _Running(ExitStack())
+        forward, running = self._forward, _RunningCall(ExitStack())
         self._running.append(running)
-        moves: dict[tuple[Any, ...], Move] = {}
+        changes: dict[tuple[Any, ...], LayoutChange] = {}
         values: dict[tuple[Any, ...], Any] = {}
-        with region.checked():
-            running.call = needs, route = region.call(self._name)
+        with forward.agree_on_errors():
+            running.call = needs, route = forward.call(self._name)
             if needs.attention is not None and module.training and getattr(module, "gradient_checkpointing", False):
                 raise UsageError(
                     f"{self._where} has attention= and checkpoints its own forward (gradient_checkpointing), which would "
                     "attend within a shard when it is computed again; name the module within it that attends"
                 )
-            path = self._parameters.required(needs.activation, passed)
-            where = self._parameters.named(needs.activation)
-            moves[path] = region.move(where, get(passed, path), parse(needs.pattern), route.before, route.inside)
+            path = self._parameters.required_path(needs.activation, passed)
+            where = self._parameters.describe(needs.activation)
+            changes[path] = forward.layout_change(where, get(passed, path), parse(needs.pattern), route.before, route.inside)
             for place, side in needs.arguments.items():
-                where, found = self._parameters.named(place), self._parameters.path(place, passed)
+                where, found = self._parameters.describe(place), self._parameters.path(place, passed)
                 if found is None:
                     continue
                 if isinstance(side, (Slice, Carried)):
                     source = route.before if isinstance(side, Carried) else None
-                    moves[found] = region.move(where, get(passed, found), parse(side.pattern), source, route.inside)
+                    changes[found] = forward.layout_change(where, get(passed, found), parse(side.pattern), source, route.inside)
                 else:
-                    values[found] = region.local_value(where, get(passed, found), side, route.before, route.inside)
+                    values[found] = forward.local_value(where, get(passed, found), side, route.before, route.inside)
             if self._attributes is not None:
                 running.exits.callback(self._attributes.restore)
                 self._attributes.module = module
-                self._attributes.make_local(region, route.inside)
-        passed, undo = put(passed, {**values, **moved(moves, region.group, self._name)})
+                self._attributes.make_local(forward, route.inside)
+        passed, undo = put(passed, {**values, **change_layouts(changes, forward.group, self._name)})
         for put_back in undo:
             running.exits.callback(put_back)
         if needs.attention is not None:
-            attention = AttentionOverRanks(region, self._name, needs.attention, route.inside)
+            attention = AttentionCallsOverRanks(forward, self._name, needs.attention, route.inside)
             running.attention = running.exits.enter_context(attention)
         return passed
 
     def after(self, output: Any) -> Any:
         """What follows gets instead of the module's ``output``."""
-        region, running = self._region, self._running[-1]
+        forward, running = self._forward, self._running[-1]
         running.exits.close()
         assert running.call is not None  # `before` has run
         needs, route = running.call
         if self._attributes is not None:
-            self._attributes.make_local_in_backward(output, region, route.inside)
-        with region.checked():
+            self._attributes.make_local_in_backward(output, forward, route.inside)
+        with forward.agree_on_errors():
             if running.attention is not None and not running.attention.calls:
                 raise UsageError(
                     f"{self._where} has attention=, but called no scaled_dot_product_attention; let its library use that "
                     "(attn_implementation='sdpa'), or name the module that does"
                 )
-            found = activations(self._name, needs, output)
-            moves = {
-                place: region.move(f"{self._where}: output {place!r}", x, parse(text), route.inside, route.after)
+            found = output_activations(self._name, needs, output)
+            changes = {
+                place: forward.layout_change(f"{self._where}: output {place!r}", x, parse(text), route.inside, route.after)
                 for place, (x, text) in found.items()
             }
-        results = moved(moves, region.group, self._name)
+        results = change_layouts(changes, forward.group, self._name)
         for place, kept in needs.outputs.items():
             if isinstance(kept, Reduced):
-                results[place] = reduced(results[place], kept, route, region, self._name)
-        return with_items(output, results)
+                results[place] = reduce_output(results[place], kept, route, forward, self._name)
+        return replace_items(output, results)
 
     def finish(self) -> None:
         """The module has returned, or raised."""
@@ -286,7 +290,7 @@ class _PlannedModule:
             self._running.pop().exits.close()
 
 
-def activations(name: str, needs: Needs, output: Any) -> dict[Place, tuple[Any, str]]:
+def output_activations(name: str, needs: Needs, output: Any) -> dict[ArgumentOrItem, tuple[Any, str]]:
     """The activations among what the planned module ``name`` returned, with their patterns."""
     if not needs.outputs and not isinstance(output, Tensor):
         raise UsageError(

@@ -8,9 +8,9 @@ from fnmatch import fnmatchcase
 from torch import nn
 
 from megatron_dsp.errors import UsageError
-from megatron_dsp.parallelize.arguments import Parameters
-from megatron_dsp.parallelize.needs import Needs
-from megatron_dsp.parallelize.plan import Plan, unknown_name
+from megatron_dsp.parallelize.call_arguments import Parameters
+from megatron_dsp.parallelize.model_plan import Plan, unknown_name
+from megatron_dsp.parallelize.module_needs import Needs
 
 _WRAPPED = "_checkpoint_wrapped_module"  # the name in torch's CheckpointWrapper of what it wraps
 
@@ -28,16 +28,16 @@ def planned_modules(model: nn.Module, plan: Plan) -> dict[str, tuple[Needs, ...]
     and for a module within one that moves the shard.
     """
     modules = modules_of(model)
-    matched = _matched(modules, plan.modules)
-    planned = {name: plan.needs_of(matched[name]) for name in modules if name in matched}
+    pattern_of = _match_patterns(modules, plan.modules)
+    planned = {name: plan.needs_of(pattern_of[name]) for name in modules if name in pattern_of}
     for name, all_needs in planned.items():
         parameters = Parameters(f"module {name!r}", modules[name])
         for needs in all_needs:
             for place in (needs.activation, *needs.arguments):
                 parameters.check(place)
-        moves = plan.switching == "lazy" or any(plan.shard in needs.mixes for needs in all_needs)
+        moves_shard = plan.switching == "lazy" or any(plan.shard in needs.mixes for needs in all_needs)
         inner = [other for other in planned if other != name and other.startswith(name + "." if name else "")]
-        if moves and inner:
+        if moves_shard and inner:
             raise UsageError(
                 f"module {inner[0]!r} stands in {name!r}, which moves the shard for all in it; plan one of the two"
             )
@@ -46,7 +46,7 @@ def planned_modules(model: nn.Module, plan: Plan) -> dict[str, tuple[Needs, ...]
 
 def modules_with_attributes(modules: Iterable[str], plan: Plan) -> dict[str, str]:
     """The modules whose attributes ``plan`` names, each with the pattern that matches it. Errors: as `planned_modules`."""
-    return _matched(modules, plan.attributes)
+    return _match_patterns(modules, plan.attributes)
 
 
 def check_boundaries(model: nn.Module, plan: Plan, planned: Mapping[str, tuple[Needs, ...]]) -> None:
@@ -67,17 +67,17 @@ def check_boundaries(model: nn.Module, plan: Plan, planned: Mapping[str, tuple[N
                 parameters.check(place)
 
 
-def _matched(modules: Iterable[str], patterns: Iterable[str]) -> dict[str, str]:
-    matched: dict[str, str] = {}
+def _match_patterns(modules: Iterable[str], patterns: Iterable[str]) -> dict[str, str]:
+    pattern_of: dict[str, str] = {}
     for pattern in patterns:
         names = [name for name in modules if _matches(name, pattern)]
         if not names:
             unknown_name("module", pattern, list(modules))
         for name in names:
-            if name in matched:
-                raise UsageError(f"module {name!r} matches both {matched[name]!r} and {pattern!r}; let one of them match it")
-            matched[name] = pattern
-    return matched
+            if name in pattern_of:
+                raise UsageError(f"module {name!r} matches both {pattern_of[name]!r} and {pattern!r}; let one of them match it")
+            pattern_of[name] = pattern
+    return pattern_of
 
 
 def _matches(name: str, pattern: str) -> bool:

@@ -60,7 +60,7 @@ class Pattern:
         for dim, (size, terms) in enumerate(zip(shape, self.dims, strict=True)):
             unknown = [term for term in terms if not isinstance(term, int) and not all(name in known for name in term)]
             rest = size - sum(_size(term, known) for term in terms if term not in unknown)
-            given = " + ".join(_given(term, known) for term in terms)
+            given = " + ".join(_describe(term, known) for term in terms)
             if not unknown and rest:
                 whole = size - rest
                 raise ValueError(f"dim {dim} must be {given}" + (f" = {whole}" if " " in given else ""))
@@ -79,18 +79,18 @@ class Pattern:
     def with_dim_after(self, name: str, new: str) -> Pattern:
         """The pattern in which ``name`` is flattened with a dim ``new`` within it."""
 
-        def widened(term: Term) -> Term:
+        def widen(term: Term) -> Term:
             if isinstance(term, int) or name not in term:
                 return term
             at = term.index(name) + 1
             return (*term[:at], new, *term[at:])
 
-        return Pattern(self.text, tuple(tuple(map(widened, terms)) for terms in self.dims))
+        return Pattern(self.text, tuple(tuple(map(widen, terms)) for terms in self.dims))
 
     def unflatten(self, x: Tensor, sizes: Mapping[str, int]) -> Tensor:
         """``x`` with one dim a name; a view. A dim of several terms stays one."""
         for dim in reversed(range(len(self.dims))):
-            names = self._unflattened(dim)
+            names = self._names_within(dim)
             if len(names) > 1:
                 x = x.unflatten(dim, [sizes[name] for name in names])
         return x
@@ -98,14 +98,14 @@ class Pattern:
     def flatten(self, x: Tensor) -> Tensor:
         """The reverse of `unflatten`; a view where memory allows it."""
         for dim in range(len(self.dims)):
-            x = x.flatten(dim, dim + max(len(self._unflattened(dim)), 1) - 1)
+            x = x.flatten(dim, dim + max(len(self._names_within(dim)), 1) - 1)
         return x
 
     def index(self, name: str) -> int:
         """The dim of the unflattened tensor that ``name`` is."""
         dim = self.dim_of(name)
-        before = sum(max(len(self._unflattened(earlier)), 1) for earlier in range(dim))
-        return before + self._unflattened(dim).index(name)
+        before = sum(max(len(self._names_within(earlier)), 1) for earlier in range(dim))
+        return before + self._names_within(dim).index(name)
 
     def parts(self, dim: int, sizes: Mapping[str, int]) -> list[tuple[int, Pattern]]:
         """Of a dim of several terms: the size of each term, and the pattern of that part of the tensor."""
@@ -115,7 +115,7 @@ class Pattern:
             parts.append((_size(term, sizes), Pattern(self.text, dims)))
         return parts
 
-    def _unflattened(self, dim: int) -> tuple[str, ...]:
+    def _names_within(self, dim: int) -> tuple[str, ...]:
         return _names(self.dims[dim]) if len(self.dims[dim]) == 1 else ()
 
 
@@ -146,7 +146,7 @@ def _size(term: Term, sizes: Mapping[str, int]) -> int:
     return term if isinstance(term, int) else prod(sizes[name] for name in term)
 
 
-def _given(term: Term, known: Mapping[str, int]) -> str:
+def _describe(term: Term, known: Mapping[str, int]) -> str:
     if isinstance(term, int):
         return str(term)
     return " x ".join(f"{name}={known[name]}" for name in term if name in known) or " x ".join(term)

@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from typing import NamedTuple, TypeGuard
 
 from megatron_dsp.errors import UsageError
-from megatron_dsp.parallelize.needs import Needs
+from megatron_dsp.parallelize.model_plan import Plan
+from megatron_dsp.parallelize.module_needs import Needs
 from megatron_dsp.parallelize.pattern import parse
-from megatron_dsp.parallelize.plan import Plan
 from megatron_dsp.planner import Attention, StageNeeds, cheapest_plan
 
 
@@ -50,7 +50,7 @@ def find_routes(
             f"{plan.shard}={sizes[plan.shard]} leaves some of {ranks} ranks without any; use at most as many ranks"
         )
     stages = {
-        name: [_stage(name, needs, plan, sizes, bytes_per_position, ranks) for needs in calls]
+        name: [_stage_needs(name, needs, plan, sizes, bytes_per_position, ranks) for needs in calls]
         for name, calls in planned.items()
     }
 
@@ -81,27 +81,29 @@ def _is_allowed(dim: str | None, stage: StageNeeds) -> TypeGuard[str]:
     return dim is not None and (dim not in stage.mixes or stage.attention is not None)
 
 
-def _stage(name: str, needs: Needs, plan: Plan, sizes: Mapping[str, int], bytes_per_position: int, ranks: int) -> StageNeeds:
+def _stage_needs(
+    name: str, needs: Needs, plan: Plan, sizes: Mapping[str, int], bytes_per_position: int, ranks: int
+) -> StageNeeds:
     """What is not to be sharded while the module runs: what it mixes, what its patterns do not name, what is too small.
 
     And, in a chain, what it attends over wherever its parts are, at the cost of even heads: their number is not known yet.
     """
     small = [dim for dim in plan.dims if ranks > 1 and sizes[dim] // ranks < needs.least]
     if plan.switching == "around" and plan.shard in small and plan.shard not in needs.mixes:
-        raise UsageError(_too_small(name, [str(plan.shard)], needs, sizes, ranks))
+        raise UsageError(_explain_too_small(name, [str(plan.shard)], needs, sizes, ranks))
     named = set(parse(needs.pattern).names)
     if needs.attention is not None:
         named &= set(parse(needs.attention).names)
     kept = tuple(dict.fromkeys([*needs.mixes, *(dim for dim in plan.dims if dim not in named), *small]))
     if not set(plan.dims) - set(kept):
-        raise UsageError(_too_small(name, [dim for dim in small if dim not in needs.mixes], needs, sizes, ranks))
+        raise UsageError(_explain_too_small(name, [dim for dim in small if dim not in needs.mixes], needs, sizes, ranks))
     attended = tuple(dim for dim in plan.dims if dim in needs.attends)
     if plan.switching == "lazy" and attended and not kept:
         return StageNeeds(name, attended, Attention(ranks, max(1, bytes_per_position // ranks)))
     return StageNeeds(name, kept)
 
 
-def _too_small(name: str, dims: list[str], needs: Needs, sizes: Mapping[str, int], ranks: int) -> str:
+def _explain_too_small(name: str, dims: list[str], needs: Needs, sizes: Mapping[str, int], ranks: int) -> str:
     given = " and ".join(f"{dim}={sizes[dim]}" for dim in dims)
     most = max(sizes[dim] for dim in dims) // needs.least
     return (

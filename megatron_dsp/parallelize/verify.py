@@ -16,18 +16,18 @@ from torch.nn.modules.conv import _ConvNd
 
 from megatron_dsp.errors import UsageError
 from megatron_dsp.mesh import Mesh
-from megatron_dsp.parallelize.arguments import Parameters, float_tensors, get
-from megatron_dsp.parallelize.hooks import activations, attach, refuse_parallelized, unparallelize
+from megatron_dsp.parallelize.call_arguments import Parameters, float_tensors, get
+from megatron_dsp.parallelize.hooks import attach, output_activations, refuse_parallelized, unparallelize
+from megatron_dsp.parallelize.layout_changes import change_layouts
 from megatron_dsp.parallelize.match import modules_of, planned_modules
-from megatron_dsp.parallelize.needs import Needs, Place, Reduced
+from megatron_dsp.parallelize.model_plan import Plan
+from megatron_dsp.parallelize.module_needs import ArgumentOrItem, Needs, Reduced
 from megatron_dsp.parallelize.pattern import parse
-from megatron_dsp.parallelize.plan import Plan
-from megatron_dsp.parallelize.reductions import reduced_alone
-from megatron_dsp.parallelize.region import Region
-from megatron_dsp.parallelize.shards import moved
+from megatron_dsp.parallelize.reductions import reduce_output_alone
+from megatron_dsp.parallelize.sharded_forward import ShardedForward
 
 Inputs: TypeAlias = Tensor | tuple[Any, ...] | Mapping[str, Any]
-_Activations: TypeAlias = dict[Place, tuple[Tensor, str]]  # what a module returned, with patterns
+_Outputs: TypeAlias = dict[ArgumentOrItem, tuple[Tensor, str]]  # what a module returned, with patterns
 _MIXING = (nn.GroupNorm, _NormBase, nn.MultiheadAttention, nn.RNNBase)
 _NOISE = 0.02  # standard deviation of what parameters that are all zero get
 _FLOOR = 1e-2  # a gradient is compared relative to its own largest value, or to this part of the largest of all
@@ -72,27 +72,27 @@ def verify(model: nn.Module, inputs: Inputs, *, plan: Plan, mesh: Mesh, toleranc
         raise UsageError("verify compares the whole output: give the plan leave= for it")
     refuse_parallelized(model)
     planned = planned_modules(model, plan)
-    together = _Together(group)
+    agreement = _RankAgreement(group)
     with ExitStack() as trial:
-        trial.enter_context(_on_trial(model))
+        trial.enter_context(_prepare_trial(model))
         trial.enter_context(torch.random.fork_rng([mesh.device] if mesh.device.type == "cuda" else []))
-        alone = _Record()
-        with together.failing():
-            alone.output = _forward(model, inputs, planned, alone)
+        alone = _RunAlone()
+        with agreement.fail_alike():
+            alone.output = _run_model(model, inputs, planned, alone)
             alone.gradients = _gradients(model, alone.output)
         limit = _tolerance(alone.output[0].dtype) if tolerance is None else tolerance
-        region = attach(model, plan, group, together.agree)
+        forward = attach(model, plan, group, agreement.agree)
         trial.callback(unparallelize, model)
-        together.mixers = _mixers(model, planned, region, trial)
-        reports = [_compare(model, inputs, planned, alone, _Comparison(alone, region, together, limit))]
-        tried = [region.routes]
+        agreement.mixers = _find_mixers(model, planned, forward, trial)
+        reports = [_compare(model, inputs, planned, alone, _Comparison(alone, forward, agreement, limit))]
+        tried = [forward.routes]
         for dim in plan.dims:
-            if (routes := region.routes_with(dim)) in tried:
+            if (routes := forward.routes_with(dim)) in tried:
                 continue
             tried.append(routes)
-            region.preferred = dim
+            forward.preferred = dim
             try:
-                reports.append(_compare(model, inputs, planned, alone, _Comparison(alone, region, together, limit)))
+                reports.append(_compare(model, inputs, planned, alone, _Comparison(alone, forward, agreement, limit)))
             except UsageError as error:
                 raise UsageError(f"with {dim} sharded in all modules that allow it, as at other sizes: {error}") from error
     modules, gradients = (
@@ -103,14 +103,14 @@ def verify(model: nn.Module, inputs: Inputs, *, plan: Plan, mesh: Mesh, toleranc
 
 
 def _compare(
-    model: nn.Module, inputs: Inputs, planned: Mapping[str, tuple[Needs, ...]], alone: _Record, comparison: _Comparison
+    model: nn.Module, inputs: Inputs, planned: Mapping[str, tuple[Needs, ...]], alone: _RunAlone, comparison: _Comparison
 ) -> Report:
     """The parallelized ``model`` with ``alone``. Errors: as `verify`."""
-    region, together, limit = comparison.region, comparison.together, comparison.limit
-    leave = region.plan.leave
+    forward, agreement, limit = comparison.forward, comparison.agreement, comparison.limit
+    leave = forward.plan.leave
     assert leave is not None  # `verify` has refused that
-    with together.failing():
-        output = _forward(model, inputs, planned, comparison)
+    with agreement.fail_alike():
+        output = _run_model(model, inputs, planned, comparison)
         if [x.shape for x in output] != [x.shape for x in alone.output]:
             shapes = ", ".join(
                 f"{tuple(x.shape)} instead of {tuple(y.shape)}" for x, y in zip(output, alone.output, strict=False)
@@ -119,17 +119,17 @@ def _compare(
     difference = max(map(_difference, output, alone.output))
     left = f"{'after' if leave.after else 'before'} {leave.module!r}"
     what = f"all planned modules agree, but the model's output differs, so what follows them does, or leave= {left}:"
-    together.refuse(what, difference, limit)
-    with together.failing():
+    agreement.refuse(what, difference, limit)
+    with agreement.fail_alike():
         gradients = _gradients(model, output)
     largest = max((float(gradient.abs().max()) for gradient in alone.gradients.values()), default=0.0)
     differences = {}
     for name, gradient in gradients.items():
-        dist.all_reduce(gradient, group=region.group)
-        differences[name] = _difference(gradient / region.group.size(), alone.gradients[name], _FLOOR * largest)
+        dist.all_reduce(gradient, group=forward.group)
+        differences[name] = _difference(gradient / forward.group.size(), alone.gradients[name], _FLOOR * largest)
     worst = max(differences, key=lambda name: differences[name], default=None)
     if worst is not None:
-        together.refuse(f"outputs agree, but the averaged gradient of parameter {worst!r} differs:", differences[worst], limit)
+        agreement.refuse(f"outputs agree, but the averaged gradient of parameter {worst!r} differs:", differences[worst], limit)
     return Report(comparison.differences, difference, differences)
 
 
@@ -138,43 +138,43 @@ class _Visitor(Protocol):
 
     def start(self, name: str, needs: Needs, x: Tensor) -> None: ...
 
-    def end(self, name: str, needs: Needs, found: _Activations) -> None: ...
+    def end(self, name: str, needs: Needs, found: _Outputs) -> None: ...
 
 
-class _Record:
+class _RunAlone:
     """What planned modules take and return in the model alone, what it returns, and its gradients."""
 
     output: list[Tensor]
     gradients: dict[str, Tensor]
 
     def __init__(self) -> None:
-        self.taken: list[tuple[str, Tensor]] = []
-        self.returned: list[tuple[str, _Activations]] = []
+        self.module_inputs: list[tuple[str, Tensor]] = []
+        self.module_outputs: list[tuple[str, _Outputs]] = []
 
     def start(self, name: str, needs: Needs, x: Tensor) -> None:
-        self.taken.append((name, x.detach().clone()))
+        self.module_inputs.append((name, x.detach().clone()))
 
-    def end(self, name: str, needs: Needs, found: _Activations) -> None:
-        self.returned.append((name, {place: (x.detach().clone(), text) for place, (x, text) in found.items()}))
+    def end(self, name: str, needs: Needs, found: _Outputs) -> None:
+        self.module_outputs.append((name, {place: (x.detach().clone(), text) for place, (x, text) in found.items()}))
 
 
 class _Comparison:
-    """Compares what planned modules take and return in ``region`` with a record, and refuses more than ``limit``."""
+    """Compares what planned modules take and return in ``forward`` with a record, and refuses more than ``limit``."""
 
-    def __init__(self, alone: _Record, region: Region, together: _Together, limit: float):
-        self.region, self.together, self.limit = region, together, limit
+    def __init__(self, alone: _RunAlone, forward: ShardedForward, agreement: _RankAgreement, limit: float):
+        self.forward, self.agreement, self.limit = forward, agreement, limit
         self.differences = dict[str, float]()
-        self._taken, self._returned = iter(alone.taken), iter(alone.returned)
+        self._module_inputs, self._module_outputs = iter(alone.module_inputs), iter(alone.module_outputs)
 
     def start(self, name: str, needs: Needs, x: Tensor) -> None:
-        expected = self._next(self._taken, name)
-        whole = self._whole(name, {0: (x, needs.pattern, self.region.called[name].route.inside)})[0]
+        expected = self._next(self._module_inputs, name)
+        whole = self._whole(name, {0: (x, needs.pattern, self.forward.last_calls[name].route.inside)})[0]
         what = f"module {name!r} is the first whose input differs, so what runs before it in the region does:"
-        self.together.refuse(what, _difference(whole, expected), self.limit)
+        self.agreement.refuse(what, _difference(whole, expected), self.limit)
 
-    def end(self, name: str, needs: Needs, found: _Activations) -> None:
-        expected, route = self._next(self._returned, name), self.region.called[name].route
-        leave = self.region.plan.leave
+    def end(self, name: str, needs: Needs, found: _Outputs) -> None:
+        expected, route = self._next(self._module_outputs, name), self.forward.last_calls[name].route
+        leave = self.forward.plan.leave
         left = leave.tensors if leave is not None and leave.after and leave.module == name else ()
         wholes = self._whole(
             name, {place: (x, text, None if place in left else route.after) for place, (x, text) in found.items()}
@@ -183,17 +183,19 @@ class _Comparison:
         for place, whole in wholes.items():
             kept, one = needs.outputs.get(place), expected[place][0]
             if isinstance(kept, Reduced):
-                one = reduced_alone(one, kept, route, self.region)
+                one = reduce_output_alone(one, kept, route, self.forward)
             differences.append(_difference(whole, one))
         self.differences[name] = max(differences)
-        self.together.refuse(f"module {name!r} is the first whose output differs:", self.differences[name], self.limit)
+        self.agreement.refuse(f"module {name!r} is the first whose output differs:", self.differences[name], self.limit)
 
-    def _whole(self, name: str, tensors: Mapping[Place, tuple[Tensor, str, str | None]]) -> dict[Place, Tensor]:
-        moves = {
-            place: self.region.move(f"module {name!r}", x.detach(), parse(text), layout, None)
+    def _whole(
+        self, name: str, tensors: Mapping[ArgumentOrItem, tuple[Tensor, str, str | None]]
+    ) -> dict[ArgumentOrItem, Tensor]:
+        changes = {
+            place: self.forward.layout_change(f"module {name!r}", x.detach(), parse(text), layout, None)
             for place, (x, text, layout) in tensors.items()
         }
-        return moved(moves, self.region.group, "verify")
+        return change_layouts(changes, self.forward.group, "verify")
 
     def _next(self, records: Iterator[tuple[str, Any]], name: str) -> Any:
         alone, found = next(records, ("nothing", None))
@@ -202,11 +204,11 @@ class _Comparison:
         return found
 
 
-class _AgreedError(UsageError):
+class _CommonError(UsageError):
     """What one rank found, on all of them."""
 
 
-class _Together:
+class _RankAgreement:
     """Lets the ranks of a group fail alike, before one waits for another that has failed."""
 
     def __init__(self, group: dist.ProcessGroup):
@@ -220,15 +222,15 @@ class _Together:
         found = [(rank, message) for rank, message in enumerate(messages) if message is not None]
         if found:
             rank, message = found[0]
-            raise _AgreedError(message if len(found) == len(messages) else f"on rank {rank} of {len(messages)}: {message}")
+            raise _CommonError(message if len(found) == len(messages) else f"on rank {rank} of {len(messages)}: {message}")
 
     @contextmanager
-    def failing(self) -> Iterator[None]:
+    def fail_alike(self) -> Iterator[None]:
         """Around code of the model's, which may fail on one rank alone."""
         error: Exception | None = None
         try:
             yield
-        except _AgreedError:
+        except _CommonError:
             raise
         except Exception as found:
             error = found
@@ -241,13 +243,15 @@ class _Together:
         self.agree(None if difference <= limit else UsageError(text))
 
 
-def _mixers(model: nn.Module, planned: Mapping[str, tuple[Needs, ...]], region: Region, exits: ExitStack) -> Mapping[str, str]:
+def _find_mixers(
+    model: nn.Module, planned: Mapping[str, tuple[Needs, ...]], forward: ShardedForward, exits: ExitStack
+) -> Mapping[str, str]:
     """Modules that often mix positions, and are not planned: those that run in the region until ``exits``, with their types."""
     found: dict[str, str] = {}
 
-    def ran(name: str, module: nn.Module) -> Callable[..., None]:
+    def recorder(name: str, module: nn.Module) -> Callable[..., None]:
         def hook(*_: Any) -> None:
-            if region.is_entered:
+            if forward.is_entered:
                 found[name] = type(module).__name__
 
         return hook
@@ -255,12 +259,12 @@ def _mixers(model: nn.Module, planned: Mapping[str, tuple[Needs, ...]], region: 
     for name, module in modules_of(model).items():
         mixes = isinstance(module, _MIXING) or (isinstance(module, _ConvNd) and max(module.kernel_size) > 1)
         if mixes and name not in planned:
-            exits.callback(module.register_forward_pre_hook(ran(name, module)).remove)
+            exits.callback(module.register_forward_pre_hook(recorder(name, module)).remove)
     return found
 
 
 @contextmanager
-def _on_trial(model: nn.Module) -> Iterator[None]:
+def _prepare_trial(model: nn.Module) -> Iterator[None]:
     """``model`` in evaluation mode, no parameter of which hides what is behind it by being zero; afterwards it is as it was.
 
     Not a copy: many models cannot be copied, and it would take as much memory again.
@@ -288,7 +292,7 @@ def _on_trial(model: nn.Module) -> Iterator[None]:
                 buffer.copy_(value)
 
 
-def _forward(model: nn.Module, inputs: Inputs, planned: Mapping[str, tuple[Needs, ...]], visitor: _Visitor) -> list[Tensor]:
+def _run_model(model: nn.Module, inputs: Inputs, planned: Mapping[str, tuple[Needs, ...]], visitor: _Visitor) -> list[Tensor]:
     """The tensors that the model returns. ``visitor`` sees planned modules after all other hooks.
 
     Errors: UsageError that names the module in which code of the model raises, the planned one if it is in one.
@@ -306,7 +310,7 @@ def _forward(model: nn.Module, inputs: Inputs, planned: Mapping[str, tuple[Needs
             if name not in planned:
                 return
             calls[name] += 1
-            path = parameters[name].required(needs_of(name).activation, (args, kwargs))
+            path = parameters[name].required_path(needs_of(name).activation, (args, kwargs))
             visitor.start(name, needs_of(name), get((args, kwargs), path))
 
         return hook
@@ -316,7 +320,7 @@ def _forward(model: nn.Module, inputs: Inputs, planned: Mapping[str, tuple[Needs
             running.pop()
             if name in planned:
                 done.append(name)
-                visitor.end(name, needs_of(name), activations(name, needs_of(name), output))
+                visitor.end(name, needs_of(name), output_activations(name, needs_of(name), output))
 
         return hook
 
@@ -333,7 +337,7 @@ def _forward(model: nn.Module, inputs: Inputs, planned: Mapping[str, tuple[Needs
     except Exception as error:
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
         raise UsageError(
-            f"the model fails {_where(running, done, planned)}: {reason}; does the plan name all side inputs and sizes there?"
+            f"the model fails {_locate(running, done, planned)}: {reason}; does the plan name all side inputs and sizes there?"
         ) from error
     finally:
         for handle in handles:
@@ -344,7 +348,7 @@ def _forward(model: nn.Module, inputs: Inputs, planned: Mapping[str, tuple[Needs
     return found
 
 
-def _where(running: list[str], done: list[str], planned: Container[str]) -> str:
+def _locate(running: list[str], done: list[str], planned: Container[str]) -> str:
     """A place in a forward, by the modules that run there and the planned ones that have run before."""
     found = next((name for name in reversed(running) if name in planned), None)
     if found is not None:

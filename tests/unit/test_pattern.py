@@ -9,7 +9,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_ac
 
 import megatron_dsp as dsp
 from megatron_dsp.parallelize import Boundary, Carried, LocalSize, Needs, Plan, Reduced, Slice
-from megatron_dsp.parallelize.arguments import Parameters, get, put
+from megatron_dsp.parallelize.call_arguments import Parameters, get, put
 from megatron_dsp.parallelize.match import check_boundaries, modules_of, planned_modules
 from megatron_dsp.parallelize.pattern import parse
 from megatron_dsp.parallelize.routes import Route, find_routes

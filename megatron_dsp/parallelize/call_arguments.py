@@ -11,8 +11,8 @@ from typing import Any, TypeAlias
 from torch import Tensor, nn
 
 from megatron_dsp.errors import UsageError
-from megatron_dsp.parallelize.needs import Key, Place
-from megatron_dsp.parallelize.plan import unknown_name
+from megatron_dsp.parallelize.model_plan import unknown_name
+from megatron_dsp.parallelize.module_needs import ArgumentOrItem, Key
 
 Passed: TypeAlias = tuple[tuple[Any, ...], dict[str, Any]]  # the arguments of a call, by position and by name
 
@@ -28,7 +28,7 @@ class Parameters:
         self._any_position = inspect.Parameter.VAR_POSITIONAL in kinds
         self._any_name = inspect.Parameter.VAR_KEYWORD in kinds
 
-    def check(self, place: Place) -> None:
+    def check(self, place: ArgumentOrItem) -> None:
         """Errors: UsageError where ``forward`` takes no such argument."""
         key = _path(place)[0]
         if isinstance(key, str) and key not in self._names and not self._any_name:
@@ -36,7 +36,7 @@ class Parameters:
         if isinstance(key, int) and not 0 <= key < len(self._names) and not self._any_position:
             raise UsageError(f"{self._where}: argument {key} does not exist; its forward takes {', '.join(self._names)}")
 
-    def path(self, place: Place, passed: Passed) -> tuple[Key, ...] | None:
+    def path(self, place: ArgumentOrItem, passed: Passed) -> tuple[Key, ...] | None:
         """Where the caller passed it: its index or name, then the items within; None where it did not, or passed None.
 
         Errors: UsageError where an argument has no such item.
@@ -52,17 +52,17 @@ class Parameters:
         for depth, item in enumerate(items):
             if value is None:
                 return None
-            value = _item(value, item, f"{self.named((key, *items[:depth]) if depth else key)} is")
+            value = _item(value, item, f"{self.describe((key, *items[:depth]) if depth else key)} is")
         return None if value is None else (position, *items)
 
-    def required(self, place: Place, passed: Passed) -> tuple[Key, ...]:
+    def required_path(self, place: ArgumentOrItem, passed: Passed) -> tuple[Key, ...]:
         """As `path`. Errors: UsageError where it was not passed."""
         path = self.path(place, passed)
         if path is None:
-            raise UsageError(f"{self.named(place)} was not passed; the plan names it, and needs it in every call")
+            raise UsageError(f"{self.describe(place)} was not passed; the plan names it, and needs it in every call")
         return path
 
-    def named(self, place: Place) -> str:
+    def describe(self, place: ArgumentOrItem) -> str:
         """The argument, for errors."""
         return f"{self._where}: argument {place!r}"
 
@@ -86,13 +86,13 @@ def put(passed: Passed, values: Mapping[tuple[Key, ...], Any]) -> tuple[Passed, 
     undo: list[Callable[[], None]] = []
     for (key, *items), value in values.items():
         if isinstance(key, int):
-            positions[key] = _with_item(positions[key], items, value, undo)
+            positions[key] = _replace_item(positions[key], items, value, undo)
         else:
-            names[key] = _with_item(names[key], items, value, undo)
+            names[key] = _replace_item(names[key], items, value, undo)
     return (tuple(positions), names), undo
 
 
-def output_item(output: Any, place: Place, where: str) -> Any:
+def output_item(output: Any, place: ArgumentOrItem, where: str) -> Any:
     """An item of what a module returned; 0 of a tensor is the tensor. Errors: UsageError where there is none."""
     if isinstance(output, Tensor) and place == 0:
         return output
@@ -111,14 +111,14 @@ def float_tensors(value: Any) -> Iterator[Tensor]:
             yield from float_tensors(item)
 
 
-def with_items(output: Any, values: Mapping[Place, Any]) -> Any:
+def replace_items(output: Any, values: Mapping[ArgumentOrItem, Any]) -> Any:
     """``output`` with ``values`` in the places of its items; the module's own object stays as it is."""
     for place, value in values.items():
-        output = value if isinstance(output, Tensor) else _with_item(output, list(_path(place)), value)
+        output = value if isinstance(output, Tensor) else _replace_item(output, list(_path(place)), value)
     return output
 
 
-def _path(place: Place) -> tuple[Key, ...]:
+def _path(place: ArgumentOrItem) -> tuple[Key, ...]:
     return place if isinstance(place, tuple) else (place,)
 
 
@@ -131,12 +131,12 @@ def _item(value: Any, key: Key, where: str) -> Any:
         raise UsageError(f"{where} a {type(value).__name__}, which has no item {key!r} that the plan names") from None
 
 
-def _with_item(value: Any, items: list[Key], new: Any, undo: list[Callable[[], None]] | None = None) -> Any:
+def _replace_item(value: Any, items: list[Key], new: Any, undo: list[Callable[[], None]] | None = None) -> Any:
     """``value`` with ``new`` in the place of an item; in ``value`` itself where it is a list and it can be undone."""
     if not items:
         return new
     key, *rest = items
-    new = _with_item(value[key], rest, new, undo)
+    new = _replace_item(value[key], rest, new, undo)
     if isinstance(value, tuple):
         index = range(len(value))[key]  # type: ignore[index]
         changed = [new if place == index else old for place, old in enumerate(value)]

@@ -9,7 +9,7 @@ from typing import Any, Literal, TypeAlias
 from megatron_dsp.parallelize.pattern import Pattern, parse
 
 Key: TypeAlias = int | str  # an argument by position or by name; an item of an output
-Place: TypeAlias = Key | tuple[Key, ...]  # several: an item of a tuple, list or dict that is an argument or an item itself
+ArgumentOrItem: TypeAlias = Key | tuple[Key, ...]  # several: an argument, then an item of that tuple, list or dict, and so on
 
 HEADS = "heads"  # the dim of attention heads in Needs.attention
 
@@ -56,7 +56,7 @@ class Reduced:
     by: Literal["sum", "mean"] = "sum"
 
 
-Side: TypeAlias = Slice | Carried | LocalSize | Computed
+SideInput: TypeAlias = Slice | Carried | LocalSize | Computed
 
 
 @dataclass(frozen=True)
@@ -76,9 +76,9 @@ class Needs:
 
     pattern: str
     whole: str | tuple[str, ...] = ()
-    arguments: Mapping[Place, Side] = field(default_factory=dict)
-    activation: Place = 0
-    outputs: Mapping[Place, str | Reduced] = field(default_factory=dict)
+    arguments: Mapping[ArgumentOrItem, SideInput] = field(default_factory=dict)
+    activation: ArgumentOrItem = 0
+    outputs: Mapping[ArgumentOrItem, str | Reduced] = field(default_factory=dict)
     least: int = 1
     attention: str | None = None
 
@@ -112,5 +112,5 @@ class Boundary:
     """
 
     module: str
-    tensors: Mapping[Place, str]
+    tensors: Mapping[ArgumentOrItem, str]
     after: bool = False

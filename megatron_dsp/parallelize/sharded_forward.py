@@ -15,11 +15,11 @@ from torch import Tensor
 
 from megatron_dsp.errors import RankError, UsageError
 from megatron_dsp.layout import shard_range
-from megatron_dsp.parallelize.needs import Computed, LocalSize, Needs, Place
+from megatron_dsp.parallelize.layout_changes import LayoutChange, change_layouts
+from megatron_dsp.parallelize.model_plan import Plan
+from megatron_dsp.parallelize.module_needs import ArgumentOrItem, Computed, LocalSize, Needs
 from megatron_dsp.parallelize.pattern import Pattern, parse
-from megatron_dsp.parallelize.plan import Plan
 from megatron_dsp.parallelize.routes import Route, Routes, find_routes
-from megatron_dsp.parallelize.shards import Move, moved
 
 Agree = Callable[[Exception | None], None]
 
@@ -32,7 +32,7 @@ class Call(NamedTuple):
 
 
 @dataclass
-class _Forward:
+class _Progress:
     """How far a forward has come. Only refusals depend on it, and which of a module's calls is the next."""
 
     entered: bool = False
@@ -40,7 +40,7 @@ class _Forward:
     calls: Counter[str] = field(default_factory=Counter)
 
 
-class Region:
+class ShardedForward:
     """Global sizes of the last forward, and the layouts that follow from them.
 
     They outlast the forward, as modules may be computed again in backward. Should another forward with other sizes have come in
@@ -56,25 +56,25 @@ class Region:
         self.plan, self.group = plan, group
         self._planned, self._agree = planned, agree
         self._order = tuple(planned)
-        self._measured: dict[str, int] = {}
+        self._measured_sizes: dict[str, int] = {}
         self._sizes: dict[str, int] = {}
         self._routes: Routes | None = None
-        self._found: dict[tuple[tuple[tuple[str, int], ...], int, str | None], Routes] = {}
+        self._routes_by_sizes: dict[tuple[tuple[tuple[str, int], ...], int, str | None], Routes] = {}
         self._bytes_per_position = 0
         self.preferred: str | None = None
-        self._forward: _Forward | None = None
-        self.called: dict[str, Call] = {}  # the last call of each planned module
+        self._progress: _Progress | None = None
+        self.last_calls: dict[str, Call] = {}  # the last call of each planned module
 
     def begin(self, *_: Any) -> None:
         """The model is called."""
-        self._forward = _Forward()
+        self._progress = _Progress()
 
     def finish(self, *_: Any) -> None:
         """The model returns, or raises."""
-        self._forward = None
+        self._progress = None
 
     @contextmanager
-    def checked(self) -> Iterator[None]:
+    def agree_on_errors(self) -> Iterator[None]:
         """Around what a hook looks at before it moves something."""
         error: UsageError | None = None
         try:
@@ -86,23 +86,23 @@ class Region:
         if error is not None:
             raise error
 
-    def measure(self, where: str, tensors: Mapping[Place, Any]) -> None:
+    def measure(self, where: str, tensors: Mapping[ArgumentOrItem, Any]) -> None:
         """Take global sizes from ``tensors``, by the patterns of the plan's ``sizes``."""
         assert self.plan.sizes is not None  # else there is no hook that calls this
-        self._measured = {}
+        self._measured_sizes = {}
         for place, x in tensors.items():
             pattern = parse(self.plan.sizes.tensors[place])
-            self._measured.update(self.fit(f"{where}: argument {place!r} should be", x, pattern, self._measured))
+            self._measured_sizes.update(self.fit(f"{where}: argument {place!r} should be", x, pattern, self._measured_sizes))
 
     def enter(self, where: str, x: Any) -> str:
         """Take the global sizes from the activation ``x``, which every rank holds whole; returns the dim to shard."""
-        forward = self._running(where)
-        if forward is not None:
-            if forward.entered:
+        progress = self._current_progress(where)
+        if progress is not None:
+            if progress.entered:
                 raise UsageError(f"{where}: the region is entered twice in a forward; enter where it happens once")
-            forward.entered = True
+            progress.entered = True
         pattern = parse(next(iter(self.plan.enter.tensors.values())))
-        measured = {dim: self._measured[dim] for dim in self.plan.known if dim in self._measured}
+        measured = {dim: self._measured_sizes[dim] for dim in self.plan.known if dim in self._measured_sizes}
         if self.plan.sizes is not None and not measured:
             raise UsageError(f"{where}: module {self.plan.sizes.module!r}, from which sizes are taken, has not run before")
         sizes = measured | self.fit(f"{where}: the activation should be whole", x, pattern, measured)
@@ -115,8 +115,8 @@ class Region:
     def routes_with(self, preferred: str | None) -> Routes:
         """Those of the last sizes, with a dim that is ``preferred``."""
         key = tuple(self._sizes.items()), self._bytes_per_position, preferred
-        if key not in self._found:
-            self._found[key] = find_routes(
+        if key not in self._routes_by_sizes:
+            self._routes_by_sizes[key] = find_routes(
                 self.plan,
                 self._planned,
                 self._sizes,
@@ -124,39 +124,39 @@ class Region:
                 ranks=self.group.size(),
                 preferred=preferred,
             )
-        return self._found[key]
+        return self._routes_by_sizes[key]
 
     def leave(self, where: str) -> str:
         """The activation is to become whole; returns the dim that is sharded."""
-        forward = self._running(where)
-        if forward is not None:
-            self._inside(where, forward)
-            if self.plan.switching == "lazy" and forward.calls.total() < len(self._order):
-                raise UsageError(f"{where}: the region is left before module {self._order[forward.calls.total()]!r} has run")
-            forward.left = True
+        progress = self._current_progress(where)
+        if progress is not None:
+            self._check_inside(where, progress)
+            if self.plan.switching == "lazy" and progress.calls.total() < len(self._order):
+                raise UsageError(f"{where}: the region is left before module {self._order[progress.calls.total()]!r} has run")
+            progress.left = True
         return self.routes.end
 
     def call(self, name: str) -> Call:
         """Of the planned module ``name``, which is called now."""
         where = f"module {name!r}"
-        forward, several = self._running(where), self._planned[name]
-        if forward is None and len(several) > 1:
+        progress, several = self._current_progress(where), self._planned[name]
+        if progress is None and len(several) > 1:
             raise UsageError(
                 f"{where} has needs by call, and is computed again in backward, where its calls cannot be told apart; run it "
                 "without gradient checkpointing"
             )
         index = 0
-        if forward is not None:
-            self._inside(where, forward)
+        if progress is not None:
+            self._check_inside(where, progress)
             if self.plan.switching == "lazy":
-                self._in_order(where, name, forward)
-            index = forward.calls[name] % len(several)
-            forward.calls[name] += 1
-        self.called[name] = Call(several[index], self.routes.modules[name][index])
-        return self.called[name]
+                self._check_order(where, name, progress)
+            index = progress.calls[name] % len(several)
+            progress.calls[name] += 1
+        self.last_calls[name] = Call(several[index], self.routes.modules[name][index])
+        return self.last_calls[name]
 
-    def _in_order(self, where: str, name: str, forward: _Forward) -> None:
-        done = forward.calls.total()
+    def _check_order(self, where: str, name: str, progress: _Progress) -> None:
+        done = progress.calls.total()
         expected = self._order[done] if done < len(self._order) else "(leave)"
         if name != expected:
             raise UsageError(
@@ -167,13 +167,13 @@ class Region:
     @property
     def is_entered(self) -> bool:
         """Whether a forward is in the region."""
-        return self._forward is not None and self._forward.entered and not self._forward.left
+        return self._progress is not None and self._progress.entered and not self._progress.left
 
-    def within(self, where: str) -> None:
+    def check_entered(self, where: str) -> None:
         """Errors: UsageError unless the region is entered and not left."""
-        forward = self._running(where)
-        if forward is not None:
-            self._inside(where, forward)
+        progress = self._current_progress(where)
+        if progress is not None:
+            self._check_inside(where, progress)
 
     @property
     def routes(self) -> Routes:
@@ -187,60 +187,63 @@ class Region:
         """The global sizes of dims in the last forward."""
         return self._sizes
 
-    def _running(self, where: str) -> _Forward | None:
+    def _current_progress(self, where: str) -> _Progress | None:
         """The forward that is under way; None where backward computes a module again."""
         if torch._C._current_graph_task_id() != -1:
             return None
-        if self._forward is None:
+        if self._progress is None:
             raise UsageError(
                 f"{where} runs outside a call of the model that was parallelized; call that, not its forward or parts"
             )
-        return self._forward
+        return self._progress
 
-    def _inside(self, where: str, forward: _Forward) -> None:
-        if not forward.entered:
+    def _check_inside(self, where: str, progress: _Progress) -> None:
+        if not progress.entered:
             raise UsageError(f"{where} is called before the region is entered at {self.plan.enter.module!r}; enter earlier")
-        if forward.left:
+        if progress.left:
             raise UsageError(f"{where} is called after the region was left; leave later")
 
-    def part(self, dim: str) -> tuple[int, int]:
+    def own_range(self, dim: str) -> tuple[int, int]:
         """Where this rank's part of ``dim`` starts and stops, when it is sharded."""
         return shard_range(self._sizes[dim], self.group.size(), self.group.rank())
 
-    def local(self, sharded: str | None) -> dict[str, int]:
+    def local_sizes(self, sharded: str | None) -> dict[str, int]:
         """The size of each dim on this rank where ``sharded`` is sharded."""
         local = dict(self._sizes)
         if sharded is not None:
-            start, stop = self.part(sharded)
+            start, stop = self.own_range(sharded)
             local[sharded] = stop - start
         return local
 
-    def move(self, where: str, x: Any, pattern: Pattern, source: str | None, target: str | None) -> Move:
+    def layout_change(self, where: str, x: Any, pattern: Pattern, source: str | None, target: str | None) -> LayoutChange:
         """What is to move; a dim that ``pattern`` does not name leaves the tensor whole. Errors: RankError for other shapes."""
         layout = "whole" if source is None else f"the shard of {source}={self._sizes[source]}"
-        sizes = self.fit(f"{where} should be {layout}", x, pattern, self.local(source))
+        sizes = self.fit(f"{where} should be {layout}", x, pattern, self.local_sizes(source))
         source, target = (dim if dim in pattern.names else None for dim in (source, target))
-        return Move(x, pattern, sizes, source, target, 0 if source is None else self._sizes[source])
+        return LayoutChange(x, pattern, sizes, source, target, 0 if source is None else self._sizes[source])
 
     def local_value(self, where: str, value: Any, side: LocalSize | Computed, before: str, inside: str) -> Any:
         """What a module gets instead of ``value``. Errors: RankError where that is not the size outside the module."""
         if isinstance(side, Computed):
-            return side.value(self.local(inside))
-        expected = {self._sizes[side.dim], self.local(before)[side.dim]}
+            return side.value(self.local_sizes(inside))
+        expected = {self._sizes[side.dim], self.local_sizes(before)[side.dim]}
         if value not in expected:
             sizes = " or ".join(map(str, sorted(expected)))
             raise RankError(f"{where} is {value!r}, but the size of {side.dim} is {sizes}")
-        return self.local(inside)[side.dim]
+        return self.local_sizes(inside)[side.dim]
 
-    def rows(self, where: str, table: Any, pattern: Pattern, sharded: str) -> Tensor:
-        """This rank's part of a table, of which the first rows count where it has more than the input. Errors: as `move`."""
+    def own_rows(self, where: str, table: Any, pattern: Pattern, sharded: str) -> Tensor:
+        """This rank's part of a table, of which the first rows count where it has more than the input.
+
+        Errors: as `layout_change`.
+        """
         if (sharded,) not in [terms[0] for terms in pattern.dims if len(terms) == 1]:
-            return moved({where: self.move(where, table, pattern, None, sharded)}, self.group, "")[where]
+            return change_layouts({where: self.layout_change(where, table, pattern, None, sharded)}, self.group, "")[where]
         others = {dim: size for dim, size in self._sizes.items() if dim != sharded}
         rows, whole = self.fit(f"{where} should be whole", table, pattern, others)[sharded], self._sizes[sharded]
         if rows < whole:
             raise RankError(f"{where}, {pattern.text!r}, has {rows} rows of {sharded}, and the input {whole}; it needs as many")
-        start, stop = self.part(sharded)
+        start, stop = self.own_range(sharded)
         return table.narrow(pattern.dim_of(sharded), start, stop - start)
 
     def fit(self, where: str, x: Any, pattern: Pattern, known: Mapping[str, int]) -> dict[str, int]:

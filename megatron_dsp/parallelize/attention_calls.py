@@ -16,24 +16,24 @@ from torch.overrides import TorchFunctionMode
 from megatron_dsp.embedded import ring
 from megatron_dsp.errors import RankError
 from megatron_dsp.layout import shard_range
-from megatron_dsp.parallelize.needs import HEADS
+from megatron_dsp.parallelize.layout_changes import LayoutChange, change_layouts
+from megatron_dsp.parallelize.module_needs import HEADS
 from megatron_dsp.parallelize.pattern import parse
-from megatron_dsp.parallelize.region import Region
-from megatron_dsp.parallelize.shards import Move, moved
+from megatron_dsp.parallelize.sharded_forward import ShardedForward
 from megatron_dsp.planner import Attention, StageNeeds, cheapest_plan
 
 _PER_GROUP = "queries of a group"  # a dim of queries next to HEADS, which are then those of keys and values
 
 
-class AttentionOverRanks(TorchFunctionMode):
-    """While it is entered, attention of queries of the pattern ``text`` runs over dim ``sharded`` on all ranks of ``region``.
+class AttentionCallsOverRanks(TorchFunctionMode):
+    """While it is entered, attention of queries of the pattern ``text`` runs over dim ``sharded`` on all ranks of ``forward``.
 
     ``calls`` counts the calls of `scaled_dot_product_attention`.
     """
 
-    def __init__(self, region: Region, name: str, text: str, sharded: str):
+    def __init__(self, forward: ShardedForward, name: str, text: str, sharded: str):
         super().__init__()
-        self._region, self._name, self._sharded = region, name, sharded
+        self._forward, self._name, self._sharded = forward, name, sharded
         self._where = f"module {name!r}: scaled_dot_product_attention"
         pattern = parse(text)
         self._over_ranks = sharded in pattern.names and pattern.dim_of(sharded) == len(pattern.dims) - 2
@@ -52,40 +52,40 @@ class AttentionOverRanks(TorchFunctionMode):
     def _attend(
         self, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, *args: Any, **kwargs: Any
     ) -> Tensor:
-        group, stage = self._region.group, self._name
-        with self._region.checked():
-            moves, tokens = self._moves(query, key, value)
+        group, stage = self._forward.group, self._name
+        with self._forward.agree_on_errors():
+            changes, tokens = self._changes_to_heads(query, key, value)
             self._check_mask(attn_mask, tokens)
-        queries, heads = moves["query"], moves["query"].sizes[HEADS]
+        queries, heads = changes["query"], changes["query"].sizes[HEADS]
         # What Ring does not know of: masks, dropout, causality, scales, and tokens beside the sharded ones.
         plain = attn_mask is None and not any((*args, *kwargs.values())) and not self._pattern.sums
         alike = query.shape == key.shape == value.shape and query.dim() == 4 and query.device.type == "cpu"
-        if plain and alike and self._served_by_ring(heads, query):
+        if plain and alike and self._ring_is_cheapest(heads, query):
             return ring(query, key, value, size=tokens, group=group, stage=stage)
-        whole = moved(moves, group, stage)
+        whole = change_layouts(changes, group, stage)
         start, stop = shard_range(heads, group.size(), group.rank())
         if attn_mask is not None:
             attn_mask = self._mask_of_heads(attn_mask, heads, queries.sizes[_PER_GROUP], start, stop)
         attended = scaled_dot_product_attention(whole["query"], whole["key"], whole["value"], attn_mask, *args, **kwargs)
-        sizes = {**queries.sizes, **self._region.sizes, HEADS: stop - start}
-        back = Move(attended, self._pattern, sizes, HEADS, self._sharded, heads)
-        return moved({"output": back}, group, stage)["output"]
+        sizes = {**queries.sizes, **self._forward.sizes, HEADS: stop - start}
+        back = LayoutChange(attended, self._pattern, sizes, HEADS, self._sharded, heads)
+        return change_layouts({"output": back}, group, stage)["output"]
 
-    def _moves(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[dict[str, Move], int]:
+    def _changes_to_heads(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[dict[str, LayoutChange], int]:
         """The three on their way to the heads, those of keys, and the global number of tokens."""
         if not query.shape[-2] == key.shape[-2] == value.shape[-2]:
             raise RankError(
                 f"{self._where} has {query.shape[-2]} queries, {key.shape[-2]} keys and {value.shape[-2]} values on this rank; "
                 "attention= is for self-attention over the sharded dim, where they are equally many"
             )
-        known, moves = {**self._region.local(self._sharded), _PER_GROUP: 1}, {}
+        known, changes = {**self._forward.local_sizes(self._sharded), _PER_GROUP: 1}, {}
         for name, x in (("key", key), ("value", value), ("query", query)):
             if name == "query":
                 del known[_PER_GROUP]
-            sizes = self._region.fit(f"{self._where}: its {name} should be a shard", x, self._pattern, known)
-            moves[name] = Move(x, self._pattern, sizes, self._sharded, HEADS, self._region.sizes[self._sharded])
+            sizes = self._forward.fit(f"{self._where}: its {name} should be a shard", x, self._pattern, known)
+            changes[name] = LayoutChange(x, self._pattern, sizes, self._sharded, HEADS, self._forward.sizes[self._sharded])
             known[HEADS] = sizes[HEADS]
-        return moves, self._pattern.shape({**sizes, self._sharded: self._region.sizes[self._sharded]})[-2]
+        return changes, self._pattern.shape({**sizes, self._sharded: self._forward.sizes[self._sharded]})[-2]
 
     def _check_mask(self, mask: Tensor | None, tokens: int) -> None:
         if mask is not None and (mask.dim() < 2 or any(size not in (1, tokens) for size in mask.shape[-2:])):
@@ -100,12 +100,12 @@ class AttentionOverRanks(TorchFunctionMode):
             return mask
         return mask.unflatten(dim, (-1, heads, per_group)).narrow(dim - 1, start, stop - start).flatten(dim - 2, dim)
 
-    def _served_by_ring(self, heads: int, query: Tensor) -> bool:
+    def _ring_is_cheapest(self, heads: int, query: Tensor) -> bool:
         attention = Attention(heads, query.shape[-1] * query.element_size(), ring=True)
         plan = cheapest_plan(
             [StageNeeds(self._name, (self._sharded,), attention)],
-            self._region.sizes,
-            ranks=self._region.group.size(),
+            self._forward.sizes,
+            ranks=self._forward.group.size(),
             shardable=(self._sharded,),
             bytes_per_position=1,
             start=self._sharded,

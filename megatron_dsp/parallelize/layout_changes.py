@@ -13,11 +13,11 @@ from torch import Tensor
 from megatron_dsp.parallelize.pattern import Pattern
 from megatron_dsp.reshard import gather, split, switch
 
-_Key = TypeVar("_Key", bound=Hashable)
+_Label = TypeVar("_Label", bound=Hashable)
 
 
 @dataclass(frozen=True)
-class Move:
+class LayoutChange:
     """A tensor and its way. A layout is the name of the sharded dim, None is whole.
 
     Attributes:
@@ -36,7 +36,7 @@ class Move:
     target: str | None
     size: int
 
-    def parts(self) -> tuple[list[Move], int]:
+    def parts(self) -> tuple[list[LayoutChange], int]:
         """What moves for itself, and along which dim it is joined: the terms of a dim of which one is sharded, before or after.
 
         Tokens that stand beside the sharded ones are the same on all ranks, unless a dim of another place is sharded.
@@ -49,19 +49,19 @@ class Move:
                 return [self._part(x, pattern) for x, pattern in zip(xs, patterns, strict=True)], dim
         return [self], 0
 
-    def _part(self, x: Tensor, pattern: Pattern) -> Move:
+    def _part(self, x: Tensor, pattern: Pattern) -> LayoutChange:
         source, target = (dim if dim in pattern.names else None for dim in (self.source, self.target))
-        return Move(x, pattern, self.sizes, source, target, 0 if source is None else self.size)
+        return LayoutChange(x, pattern, self.sizes, source, target, 0 if source is None else self.size)
 
 
-def moved(moves: Mapping[_Key, Move], group: dist.ProcessGroup, stage: str) -> dict[_Key, Tensor]:
+def change_layouts(changes: Mapping[_Label, LayoutChange], group: dist.ProcessGroup, stage: str) -> dict[_Label, Tensor]:
     """Each tensor in its new layout, by keep, switch, split or gather; collective.
 
     Those whose shards move between dims of the same places are switched in one collective.
     """
-    parts = {(key, index): part for key, move in moves.items() for index, part in enumerate(move.parts()[0])}
-    done: dict[tuple[_Key, int], Tensor] = {}
-    switches: dict[tuple[int, int, int], list[tuple[_Key, int]]] = {}
+    parts = {(key, index): part for key, change in changes.items() for index, part in enumerate(change.parts()[0])}
+    done: dict[tuple[_Label, int], Tensor] = {}
+    switches: dict[tuple[int, int, int], list[tuple[_Label, int]]] = {}
     for key, part in parts.items():
         x, pattern, source, target = part.x, part.pattern, part.source, part.target
         if source == target:
@@ -79,8 +79,10 @@ def moved(moves: Mapping[_Key, Move], group: dist.ProcessGroup, stage: str) -> d
         xs = [parts[key].pattern.unflatten(parts[key].x, parts[key].sizes) for key in keys]
         switched = switch(xs, gather=gathered, split=divided, size=size, group=group, stage=stage)
         done.update({key: parts[key].pattern.flatten(x) for key, x in zip(keys, switched, strict=True)})
-    return {key: _joined(move, [done[key, index] for index in range(len(move.parts()[0]))]) for key, move in moves.items()}
+    return {
+        key: _join(change, [done[key, index] for index in range(len(change.parts()[0]))]) for key, change in changes.items()
+    }
 
 
-def _joined(move: Move, parts: list[Tensor]) -> Tensor:
-    return parts[0] if len(parts) == 1 else torch.cat(parts, move.parts()[1])
+def _join(change: LayoutChange, parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts, change.parts()[1])

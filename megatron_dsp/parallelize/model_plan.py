@@ -8,7 +8,7 @@ from difflib import get_close_matches
 from typing import Any, Literal, NoReturn
 
 from megatron_dsp.errors import UsageError
-from megatron_dsp.parallelize.needs import HEADS, Boundary, Carried, Computed, LocalSize, Needs, Reduced, Slice
+from megatron_dsp.parallelize.module_needs import HEADS, Boundary, Carried, Computed, LocalSize, Needs, Reduced, Slice
 from megatron_dsp.parallelize.pattern import Pattern, parse
 
 
