@@ -3,8 +3,8 @@
 from megatron_dsp.data.batches import VideoBatch, VideoBatches
 from megatron_dsp.data.clip_samples import ClipSamples
 from megatron_dsp.data.clips import Clips
+from megatron_dsp.data.data_error import DataError
 from megatron_dsp.data.dataset_samples import DatasetSamples
-from megatron_dsp.data.errors import DataError
 from megatron_dsp.data.latent_shards import LatentShards, holds_latents
 from megatron_dsp.data.samples import Samples, Shape, Subset, hold_out
 from megatron_dsp.data.videos import Video, open_videos

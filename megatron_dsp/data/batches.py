@@ -49,7 +49,7 @@ class VideoBatches:
     patch: tuple[int, int, int]  # raw frames, rows and columns of a token
     drop_probability: float  # how many samples lose their conditioning
     clean_frame_probability: float  # how many samples keep some leading token frames clean
-    timestep_base_tokens: int | None = None  # as of draws.shifted, by the tokens of a sample
+    timestep_base_tokens: int | None = None  # as of draws.shift_timestep, by the tokens of a sample
 
     def __post_init__(self) -> None:
         if len(self.patch) != 3 or min(self.patch) < 1:
@@ -116,7 +116,7 @@ class VideoBatches:
         )
         clean = draws.conditioned_frames(self.seed, position, token_frames, self.clean_frame_probability)
         tokens = token_frames * math.prod(grid)
-        timestep = draws.shifted(draws.timestep(self.seed, position), tokens, self.timestep_base_tokens)
+        timestep = draws.shift_timestep(draws.timestep(self.seed, position), tokens, self.timestep_base_tokens)
         timesteps = torch.full((token_frames,), timestep, dtype=torch.float32)
         timesteps[:clean] = 0
         return timesteps

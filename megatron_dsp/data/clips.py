@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import torch
 
-from megatron_dsp.data.errors import DataError
+from megatron_dsp.data.data_error import DataError
 from megatron_dsp.data.videos import Video
 
 logger = logging.getLogger(__name__)
@@ -90,9 +90,9 @@ class Clips:
                 f"holding out fraction={fraction} of {len(self)} clips leaves none for training: "
                 "give a smaller fraction, more videos, or clips of fewer frames"
             )
-        return self._only(training), self._only(validation)
+        return self._with_windows(training), self._with_windows(validation)
 
-    def _only(self, windows: list[Window]) -> Clips:
+    def _with_windows(self, windows: list[Window]) -> Clips:
         part = copy.copy(self)
         part.windows = windows
         return part

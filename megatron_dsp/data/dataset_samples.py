@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch.utils.data import Dataset, IterableDataset
 
-from megatron_dsp.data.errors import DataError
+from megatron_dsp.data.data_error import DataError
 from megatron_dsp.data.samples import Shape, padded_conditioning
 
 
@@ -46,7 +46,7 @@ class DatasetSamples:
         count = len(dataset)
         if count == 0:
             raise DataError(f"{type(dataset).__name__} is empty: give a dataset of at least one item")
-        shape, self._read, self._conditioning = (_method(dataset, name) for name in ("shape", "read", "conditioning"))
+        shape, self._read, self._conditioning = (_method_or_none(dataset, name) for name in ("shape", "read", "conditioning"))
         if shapes is None and shape is not None:
             shapes = [shape(index) for index in range(count)]
         if shapes is None or conditioning_shape is None:
@@ -80,8 +80,8 @@ class DatasetSamples:
             raise ValueError(f"frames {start} to {stop} are not in item {index}, which has frames 0 to {shape.frames}")
         if self._read is not None:
             frames = torch.as_tensor(self._read(index, start, stop))
-            return self._checked(index, frames, Shape(stop - start, *shape[1:]))
-        return self._checked(index, self._latent(index), shape)[start:stop]
+            return self._check_frames(index, frames, Shape(stop - start, *shape[1:]))
+        return self._check_frames(index, self._latent(index), shape)[start:stop]
 
     def conditioning(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
         """The text of an item, float32 ``[L, D]``, and which tokens are there, bool ``[L]``."""
@@ -96,7 +96,7 @@ class DatasetSamples:
             )
         return padded_conditioning(text, mask.bool(), tokens, width)
 
-    def _checked(self, index: int, frames: torch.Tensor, shape: Shape) -> torch.Tensor:
+    def _check_frames(self, index: int, frames: torch.Tensor, shape: Shape) -> torch.Tensor:
         if frames.shape != shape or not frames.is_floating_point():
             raise DataError(
                 f"item {index} gave {frames.dtype} {list(frames.shape)}, not floating point {shape} as its shape says: give "
@@ -152,7 +152,7 @@ class DatasetSamples:
         return latents if shapes is None else shapes, conditioning_shape
 
 
-def _method(dataset: object, name: str) -> Callable[..., Any] | None:
+def _method_or_none(dataset: object, name: str) -> Callable[..., Any] | None:
     # Some datasets have attributes of these names, such as the shape of a table.
     method = getattr(dataset, name, None)
     return method if callable(method) else None

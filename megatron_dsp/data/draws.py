@@ -79,7 +79,7 @@ def features(seed: int, shape: Sequence[int]) -> torch.Tensor:
     return torch.from_numpy(_generator(_Purpose.FEATURES, seed).standard_normal(shape, dtype=np.float32))
 
 
-def shifted(timestep: float, tokens: int, base_tokens: int | None) -> float:
+def shift_timestep(timestep: float, tokens: int, base_tokens: int | None) -> float:
     """A diffusion time, 1 being noise alone, moved towards noise for a sample of more tokens than ``base_tokens``.
 
     The more tokens show a thing, the more noise it takes to hide it: ``a t / (1 + (a - 1) t)`` with

@@ -19,7 +19,7 @@ import numpy as np
 from av.video.reformatter import Interpolation, VideoReformatter
 from numpy.lib.format import open_memmap, write_array_header_1_0
 
-from megatron_dsp.data.errors import DataError
+from megatron_dsp.data.data_error import DataError
 
 # Part of every cache file's name: count it up when the same video would be stored as other bytes.
 CACHE_VERSION = 1
@@ -59,7 +59,7 @@ def _build(path: Path, target: Path, height: int, width: int) -> None:
         with temporary.open("xb") as file:
             _write_header(file, (0, height, width, 3))
             count = 0
-            for image in _decoded_images(path, height, width):
+            for image in _decode_images(path, height, width):
                 file.write(image.tobytes())
                 count += 1
             if count == 0:
@@ -80,7 +80,7 @@ def _write_header(file: BinaryIO, shape: tuple[int, ...]) -> None:
     write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": shape})
 
 
-def _decoded_images(path: Path, height: int, width: int) -> Iterator[np.ndarray]:
+def _decode_images(path: Path, height: int, width: int) -> Iterator[np.ndarray]:
     """The frames of a video file one after another, uint8 ``[height, width, 3]``; a few are in memory at a time."""
     reformatter = VideoReformatter()
     try:
@@ -95,12 +95,12 @@ def _decoded_images(path: Path, height: int, width: int) -> Iterator[np.ndarray]
                 if packet.is_corrupt or any(frame.is_corrupt for frame in frames):
                     raise DataError(f"{path} is damaged or cut off")
                 for frame in frames:
-                    yield _fitted(frame, reformatter, height, width)
+                    yield _fit_frame(frame, reformatter, height, width)
     except av.FFmpegError as error:
         raise DataError(f"{path} is not a readable video ({error.strerror})") from error
 
 
-def _fitted(frame: av.VideoFrame, reformatter: VideoReformatter, height: int, width: int) -> np.ndarray:
+def _fit_frame(frame: av.VideoFrame, reformatter: VideoReformatter, height: int, width: int) -> np.ndarray:
     """The frame turned upright, scaled to cover ``height`` x ``width`` and cropped around its centre: uint8 RGB."""
     quarter_turns = round(frame.rotation / 90) % 4
     rows, columns = (height, width) if quarter_turns % 2 == 0 else (width, height)

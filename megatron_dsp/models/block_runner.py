@@ -111,7 +111,7 @@ class BlockRunner(NamedTuple):
                 stages.append(Stage(partial(self._run_head, part, region, time), sharded, "head"))
             else:
                 over = block_dims[index]
-                over_ranks = self._over_ranks(over, sharded, layout)
+                over_ranks = self._choose_attention(over, sharded, layout)
                 name = f"{_BLOCK_NAMES[over]} {index // 2}"
                 compute = partial(self._run_block, part, over, region, sides, over_ranks)
                 stages.append(Stage(compute, sharded, name, mixes_sharded=over_ranks is not None))
@@ -123,7 +123,7 @@ class BlockRunner(NamedTuple):
             x = switch(x, gather=gather, split=split, size=layout.sizes[gather], group=self.group, stage="output")
         return x
 
-    def _over_ranks(self, over: Over, sharded: str, layout: Layout) -> OverRanks | None:
+    def _choose_attention(self, over: Over, sharded: str, layout: Layout) -> OverRanks | None:
         """What attends over ``over`` where ``sharded`` is a part of it that is sharded; None: the block has all of it."""
         if self.group is None or self.group.size() == 1 or over not in (sharded, "all"):
             return None

@@ -80,13 +80,13 @@ def attach(model: nn.Module, plan: Plan, group: dist.ProcessGroup, agree: Agree 
     def after(name: str, hook: Callable[..., Any]) -> None:
         handles.append(modules[name].register_forward_hook(hook, prepend=True))
 
-    def at_last(name: str, hook: Callable[..., Any]) -> None:
+    def always_after(name: str, hook: Callable[..., Any]) -> None:
         handles.append(modules[name].register_forward_hook(hook, always_call=True))
 
     # Where several are on one module, pre-hooks run in this order; hooks are prepended, and run in the reverse order.
     before("", lambda *_: forward.begin())
-    at_last("", lambda *_: forward.finish())
-    around_entry = [found for name, found in attributes.items() if _holds_entry(name, plan.enter)]
+    always_after("", lambda *_: forward.finish())
+    around_entry = [found for name, found in attributes.items() if _contains_entry(name, plan.enter)]
     if plan.sizes is not None:
         before(plan.sizes.module, _hook_before_sizes(forward, plan.sizes, modules[plan.sizes.module]))
     for boundary, enters in ((plan.enter, True), (plan.leave, False)):
@@ -99,17 +99,17 @@ def attach(model: nn.Module, plan: Plan, group: dist.ProcessGroup, agree: Agree 
             runs = _ModuleHooks(forward, name, modules[name], attributes.get(name))
             before(name, lambda module, args, kwargs, runs=runs: runs.before(module, (args, kwargs)))
             after(name, lambda module, args, output, runs=runs: runs.after(output))
-            at_last(name, lambda *_, runs=runs: runs.finish())
+            always_after(name, lambda *_, runs=runs: runs.finish())
         elif name in attributes:
             waits = attributes[name] in around_entry
             before(name, _hook_before_attributes(forward, name, attributes[name], wait=waits))
             if not waits:
                 after(name, _hook_after_attributes(forward, attributes[name]))
-            at_last(name, lambda *_, found=attributes[name]: found.finish())
+            always_after(name, lambda *_, found=attributes[name]: found.finish())
     return forward
 
 
-def _holds_entry(name: str, enter: Boundary) -> bool:
+def _contains_entry(name: str, enter: Boundary) -> bool:
     """Whether the region is entered while the module ``name`` runs."""
     return enter.module != name and enter.module.startswith(f"{name}." if name else "")
 

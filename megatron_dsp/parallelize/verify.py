@@ -74,7 +74,7 @@ def verify(model: nn.Module, inputs: Inputs, *, plan: Plan, mesh: Mesh, toleranc
     planned = planned_modules(model, plan)
     agreement = _RankAgreement(group)
     with ExitStack() as trial:
-        trial.enter_context(_prepare_trial(model))
+        trial.enter_context(_trial_state(model))
         trial.enter_context(torch.random.fork_rng([mesh.device] if mesh.device.type == "cuda" else []))
         alone = _RunAlone()
         with agreement.fail_alike():
@@ -168,7 +168,7 @@ class _Comparison:
 
     def start(self, name: str, needs: Needs, x: Tensor) -> None:
         expected = self._next(self._module_inputs, name)
-        whole = self._whole(name, {0: (x, needs.pattern, self.forward.last_calls[name].route.inside)})[0]
+        whole = self._gather_whole(name, {0: (x, needs.pattern, self.forward.last_calls[name].route.inside)})[0]
         what = f"module {name!r} is the first whose input differs, so what runs before it in the region does:"
         self.agreement.refuse(what, _difference(whole, expected), self.limit)
 
@@ -176,7 +176,7 @@ class _Comparison:
         expected, route = self._next(self._module_outputs, name), self.forward.last_calls[name].route
         leave = self.forward.plan.leave
         left = leave.tensors if leave is not None and leave.after and leave.module == name else ()
-        wholes = self._whole(
+        wholes = self._gather_whole(
             name, {place: (x, text, None if place in left else route.after) for place, (x, text) in found.items()}
         )
         differences = []
@@ -188,7 +188,7 @@ class _Comparison:
         self.differences[name] = max(differences)
         self.agreement.refuse(f"module {name!r} is the first whose output differs:", self.differences[name], self.limit)
 
-    def _whole(
+    def _gather_whole(
         self, name: str, tensors: Mapping[ArgumentOrItem, tuple[Tensor, str, str | None]]
     ) -> dict[ArgumentOrItem, Tensor]:
         changes = {
@@ -264,7 +264,7 @@ def _find_mixers(
 
 
 @contextmanager
-def _prepare_trial(model: nn.Module) -> Iterator[None]:
+def _trial_state(model: nn.Module) -> Iterator[None]:
     """``model`` in evaluation mode, no parameter of which hides what is behind it by being zero; afterwards it is as it was.
 
     Not a copy: many models cannot be copied, and it would take as much memory again.

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_dsp.data.draws import shifted
+from megatron_dsp.data.draws import shift_timestep
 from megatron_dsp.reshard import mean_loss
 
 
@@ -48,8 +48,8 @@ def velocity_loss(velocity: Tensor, target: Tensor, weights: Tensor, group: dist
 
 
 def euler_times(steps: int, tokens: int, base_tokens: int | None) -> list[float]:
-    """The ``steps + 1`` times of sampling, from 1 to 0: equally spaced, then shifted as in training (`draws.shifted`)."""
-    return [shifted(1 - step / steps, tokens, base_tokens) for step in range(steps + 1)]
+    """The ``steps + 1`` times of sampling, from 1 to 0: equally spaced, then shifted as in training."""
+    return [shift_timestep(1 - step / steps, tokens, base_tokens) for step in range(steps + 1)]
 
 
 def guided(velocity: Callable[[bool], Tensor], scale: float) -> Tensor:

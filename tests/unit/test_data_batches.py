@@ -317,7 +317,7 @@ def test_timesteps_are_shifted_by_the_tokens_of_the_bucket():
         frames = plain.shape([position]).frames
         before, after = (batches.batch([position], range(0)).timesteps for batches in (plain, other))
         assert torch.equal(after == 0, before == 0), "clean frames stay clean"
-        timestep = draws.shifted(draws.timestep(3, position), expected[frames], 6)
+        timestep = draws.shift_timestep(draws.timestep(3, position), expected[frames], 6)
         assert torch.equal(after[after > 0], torch.full_like(after[after > 0], timestep))
         if frames == 5:
             assert torch.equal(after, before)

@@ -67,11 +67,11 @@ def test_a_timestep_is_shifted_as_if_the_smaller_sample_had_as_much_noise():
     # standard deviation t / (1 - t) / sqrt(n), and that is to be the same for both sizes.
     for timestep in (0.1, 0.5, 0.97):
         for tokens, base in ((256, 64), (64, 256), (300, 7)):
-            shifted = draws.shifted(timestep, tokens, base)
+            shifted = draws.shift_timestep(timestep, tokens, base)
             left, right = (t / (1 - t) / math.sqrt(n) for t, n in ((shifted, tokens), (timestep, base)))
             assert left == pytest.approx(right)
-        assert draws.shifted(timestep, 64, 64) == draws.shifted(timestep, 64, None) == timestep
-    assert (draws.shifted(0.0, 9, 1), draws.shifted(1.0, 9, 1)) == (0, 1)
+        assert draws.shift_timestep(timestep, 64, 64) == draws.shift_timestep(timestep, 64, None) == timestep
+    assert (draws.shift_timestep(0.0, 9, 1), draws.shift_timestep(1.0, 9, 1)) == (0, 1)
 
 
 def test_drops_come_as_often_as_asked():
@@ -134,8 +134,8 @@ def test_values_do_not_change_between_releases():
         (lambda: draws.conditioned_frames(0, 0, 4, -0.1), "probability=-0.1"),
         (lambda: draws.SampleOrder(4, 0)[-1], "position=-1"),
         (lambda: draws.SampleOrder(0, 0), "size=0"),
-        (lambda: draws.shifted(0.5, 0, 1), "tokens=0"),
-        (lambda: draws.shifted(0.5, 1, 0), "base_tokens=0"),
+        (lambda: draws.shift_timestep(0.5, 0, 1), "tokens=0"),
+        (lambda: draws.shift_timestep(0.5, 1, 0), "base_tokens=0"),
     ],
 )
 def test_arguments_are_checked(call, message):

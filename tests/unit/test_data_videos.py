@@ -198,15 +198,15 @@ def test_a_damaged_cache_file_is_named(tmp_path, open_folder):
 
 def build_interrupted(path, cache, interrupt):
     """Builds a cache file in this process, and calls ``interrupt`` when three frames are written."""
-    decoded_images = frame_cache._decoded_images
+    decode_images = frame_cache._decode_images
 
     def interrupted(*arguments):
-        for count, image in enumerate(decoded_images(*arguments)):
+        for count, image in enumerate(decode_images(*arguments)):
             if count == 3:
                 interrupt()
             yield image
 
-    frame_cache._decoded_images = interrupted
+    frame_cache._decode_images = interrupted
     frame_cache.cached_frames(path, height=24, width=32, cache=cache)
 
 
@@ -253,7 +253,7 @@ def test_a_finished_cache_file_is_not_replaced(tmp_path, open_folder, monkeypatc
         open_folder(path)
         finished.extend(file.stat().st_ino for file in (tmp_path / "cache").glob("*.npy"))
 
-    monkeypatch.setattr(frame_cache, "_decoded_images", frame_cache._decoded_images)
+    monkeypatch.setattr(frame_cache, "_decode_images", frame_cache._decode_images)
     build_interrupted(path, tmp_path / "cache", another_is_faster)
     assert [file.stat().st_ino for file in (tmp_path / "cache").iterdir()] == finished != []
 
