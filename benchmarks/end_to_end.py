@@ -31,7 +31,7 @@ from torch import Tensor
 import megatron_dsp as dsp
 from megatron_dsp import launch
 from megatron_dsp.errors import UsageError
-from megatron_dsp.reshard.exchange import exchange_of
+from megatron_dsp.reshard import overlap_of
 
 PRESETS = {
     "small": Shape(layers=2, hidden=256, heads=8, frames=16, tokens=256, batch_size=4),
@@ -128,7 +128,7 @@ def shape_of(arguments: argparse.Namespace) -> Shape:
 def make(arguments: argparse.Namespace, shape: Shape, mesh: dsp.Mesh) -> tuple[dict[str, Method], dict[str, Sent]]:
     """The methods that can run here, run once, and what they send. The others are left out, with the reason."""
     work = Work(shape, mesh.device, sample=mesh.rank("data"))
-    makers = makers_by_name(exchange_of(mesh.group("sequence")).overlap)
+    makers = makers_by_name(overlap_of(mesh.group("sequence")))
     methods, sent = {}, {}
     for name in dict.fromkeys(arguments.methods):
         try:

@@ -27,11 +27,10 @@ from megatron_dsp.models.block_runner import DIMS, attention_over_ranks
 from megatron_dsp.models.embeddings import time_rotations
 from megatron_dsp.models.video_dit import Block
 from megatron_dsp.models.video_dit_config import VideoDiTConfig
-from megatron_dsp.reshard import FixedOverlap, Region, Stage
+from megatron_dsp.reshard import FixedOverlap, Overlap, Region, Stage, overlap_of, set_overlap
 from megatron_dsp.reshard.exchange import exchange_of
-from megatron_dsp.reshard.exposed import NoTransport
-from megatron_dsp.reshard.overlap import Overlap
-from megatron_dsp.reshard.transports import Transport
+from megatron_dsp.reshard.exposed import NoCommunication
+from megatron_dsp.reshard.transport.move import Transport
 from megatron_dsp.tensor import TensorParallel, own_shard
 
 CONDITIONING_TOKENS = 16
@@ -125,12 +124,14 @@ class Method:
         """For one run, forward and backward: its input, with no gradients yet, and the method's way through the exchange."""
         for weight in self.weights.values():
             weight.grad = None
-        before = self.exchange.transport, self.exchange.overlap
-        self.exchange.transport, self.exchange.overlap = self.transport, self.overlap
+        before = self.exchange.transport, overlap_of(self.group)
+        self.exchange.transport = self.transport
+        set_overlap(self.group, self.overlap)
         try:
             yield self.x.detach().requires_grad_()
         finally:
-            self.exchange.transport, self.exchange.overlap = before
+            self.exchange.transport, overlap = before
+            set_overlap(self.group, overlap)
 
     def forward(self, x: Tensor) -> Tensor:
         """All pairs in turn."""
@@ -184,8 +185,8 @@ class Dsp(Method):
         region = Region(self.layout, self.group)
         stages = []
         for index, (spatial, temporal) in enumerate(self.pairs):
-            stages.append(Stage(partial(self._spatial, region, spatial), "time", f"spatial {index}"))
-            stages.append(Stage(partial(self._temporal, region, temporal), "space", f"temporal {index}"))
+            stages.append(Stage(partial(self._spatial, region, spatial), "time", "spatial", number=index))
+            stages.append(Stage(partial(self._temporal, region, temporal), "space", "temporal", number=index))
         # What follows the last pair wants its frames back.
         return region.run([*stages, Stage(lambda x: x, "time", "head")], x, independent="batch")
 
@@ -213,7 +214,7 @@ class NoCommunication(Dsp):
 
     def __init__(self, work: Work, group: dist.ProcessGroup):
         super().__init__(work, group)
-        self.transport = NoTransport(self.exchange.rank)
+        self.transport = NoCommunication(self.exchange.transport, self.exchange.rank)
 
     def sent(self, counted: dsp.Ledger) -> tuple[int, int]:
         return 0, 0

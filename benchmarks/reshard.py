@@ -28,9 +28,9 @@ from torch import Tensor
 import megatron_dsp as dsp
 from megatron_dsp import launch
 from megatron_dsp.launch import start_deepspeed
-from megatron_dsp.reshard.buffers import BufferPool
 from megatron_dsp.reshard.exchange import exchange_of
-from megatron_dsp.reshard.mpi_transport import MpiTransport
+from megatron_dsp.reshard.transport.buffers import BufferPool
+from megatron_dsp.reshard.transport.mpi_transport import MpiTransport
 
 SHAPES = [(1, 16, 256, 1152), (2, 32, 1024, 512)]  # B, T, S, C
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}

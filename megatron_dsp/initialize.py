@@ -11,10 +11,10 @@ from megatron_dsp.errors import UsageError
 from megatron_dsp.mesh import Mesh
 from megatron_dsp.reshard.agreement import Agreement
 from megatron_dsp.reshard.exchange import exchange_of
-from megatron_dsp.reshard.measured_overlap import MeasuredOverlap
-from megatron_dsp.reshard.mpi_transport import MpiTransport
-from megatron_dsp.reshard.overlap import FixedOverlap, Overlap
-from megatron_dsp.reshard.transports import TorchTransport
+from megatron_dsp.reshard.stages.measured_overlap import MeasuredOverlap
+from megatron_dsp.reshard.stages.overlap import FixedOverlap, Overlap, set_overlap
+from megatron_dsp.reshard.transport.mpi_transport import MpiTransport
+from megatron_dsp.reshard.transport.torch_transport import TorchTransport
 
 
 def initialize(config: str | Path | dict[str, Any] | configs.Config) -> Mesh:
@@ -35,13 +35,12 @@ def initialize(config: str | Path | dict[str, Any] | configs.Config) -> Mesh:
         )
     _set_transport(mesh, settings.sequence_parallel.transport)
     group = mesh.group("sequence")
-    exchange = exchange_of(group)
     check = settings.sequence_parallel.check_collectives
     for checked in (group, mesh.group("tensor")):
         every = Agreement.SAMPLED if check == "sampled" else 1
         exchange_of(checked).agreement = Agreement(checked, every) if check and checked.size() > 1 else None
-    exchange.overlap = _overlap(mesh, settings.sequence_parallel.overlap)
-    exchange.stream_priority = settings.sequence_parallel.overlap.stream_priority
+    section = settings.sequence_parallel.overlap
+    set_overlap(group, _overlap(mesh, section), stream_priority=section.stream_priority)
     return mesh
 
 

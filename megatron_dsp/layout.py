@@ -7,7 +7,7 @@ one element more. A *layout* says which dim the sequence axis shards, and the gl
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 
 def shard_sizes(size: int, parts: int) -> list[int]:
@@ -27,10 +27,37 @@ def shard_range(size: int, parts: int, rank: int) -> tuple[int, int]:
     return start, start + small + (rank < larger)
 
 
-@lru_cache(maxsize=1024)
-def shard_ranges(size: int, parts: int) -> tuple[tuple[int, int], ...]:
+@dataclass(frozen=True, eq=False)
+class RankRanges:
+    """The half-open range of global indices that each rank has of a dim.
+
+    Compared by identity, so that what depends on it is found by a key whose cost does not grow with the ranks: get it from
+    functions that give the same one for the same arguments.
+    """
+
+    parts: tuple[tuple[int, int], ...]
+
+    @cached_property
+    def even(self) -> bool:
+        """Whether all ranks have as many."""
+        return len({stop - start for start, stop in self.parts}) == 1
+
+    @cached_property
+    def total(self) -> int:
+        """How many indices all ranks have together."""
+        return sum(stop - start for start, stop in self.parts)
+
+
+@lru_cache(maxsize=4096)
+def shard_ranges(size: int, parts: int) -> RankRanges:
     """`shard_range` of every rank."""
-    return tuple(shard_range(size, parts, rank) for rank in range(parts))
+    return RankRanges(tuple(shard_range(size, parts, rank) for rank in range(parts)))
+
+
+@lru_cache(maxsize=1024)
+def all_ranges(size: int, parts: int) -> RankRanges:
+    """Every rank has all of a dim."""
+    return RankRanges(((0, size),) * parts)
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ from megatron_dsp.config import Config
 from megatron_dsp.models.attention_kernels import kernel_name
 from megatron_dsp.models.video_dit import VideoDiTConfig, parameter_count
 from megatron_dsp.placement import placement
-from megatron_dsp.reshard.exchange import exchange_of
+from megatron_dsp.reshard import describe_transport
 from megatron_dsp.training import arguments as flags
 from megatron_dsp.training import sample_files, video_data
 from megatron_dsp.training.ema import EMA
@@ -130,8 +130,7 @@ def main() -> None:
             f"{len(validation.samples)} for validation | global batch size {train_size} = micro batch {micro} x "
             f"accumulation {steps} x data {mesh.size('data')}"
         )
-        exchange = exchange_of(mesh.group("sequence"))
-        log.message(f"switches through {exchange.transport.name}: {exchange.transport_reason}")
+        log.message(f"switches through {describe_transport(mesh.group('sequence'))}")
         log.message(f"kernels: {kernels(engine.basic_optimizer, mesh.device)} | {kernel_name(mesh.device)}")
         progress = train(engine, workload, mesh, arguments, log, ema)
         if mesh.size("pipe") > 1:

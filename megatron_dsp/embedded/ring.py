@@ -16,11 +16,12 @@ from torch.autograd.function import once_differentiable
 
 from megatron_dsp import mesh
 from megatron_dsp.errors import UsageError
-from megatron_dsp.reshard.exchange import Exchange, exchange_of
+from megatron_dsp.reshard.collectives import rotate
+from megatron_dsp.reshard.labels import Label, Operation, StageName
 
 
 def ring(
-    query: Tensor, key: Tensor, value: Tensor, *, size: int, group: dist.ProcessGroup | None = None, stage: str = ""
+    query: Tensor, key: Tensor, value: Tensor, *, size: int, group: dist.ProcessGroup | None = None, stage: str | StageName = ""
 ) -> Tensor:
     """Softmax attention of [batch, H, length, D], of whose length, globally ``size``, each rank holds an equal shard.
 
@@ -29,58 +30,58 @@ def ring(
     Errors: UsageError where ``size`` is not a multiple of the group's size, on other devices than the CPU, and for tensors
     whose shapes are not those.
     """
-    exchange = exchange_of(mesh.sequence_group(group))
-    if size % exchange.size:
-        raise UsageError(
-            f"ring: length {size} over {exchange.size} ranks is uneven, which ring attention does not take; use ulysses"
-        )
+    group = mesh.sequence_group(group)
+    ranks = group.size()
+    if size % ranks:
+        raise UsageError(f"ring: length {size} over {ranks} ranks is uneven, which ring attention does not take; use ulysses")
     if query.device.type != "cpu":
         raise UsageError(f"ring: a tensor on {query.device}; ring attention is built for the CPU alone, use ulysses")
-    if not query.shape == key.shape == value.shape or query.dim() != 4 or query.shape[2] != size // exchange.size:
+    if not query.shape == key.shape == value.shape or query.dim() != 4 or query.shape[2] != size // ranks:
         raise UsageError(
             f"ring: query, key and value have shapes {tuple(query.shape)}, {tuple(key.shape)} and {tuple(value.shape)}; they "
-            f"must be equal: [batch, heads, {size // exchange.size} of length {size}, head size]"
+            f"must be equal: [batch, heads, {size // ranks} of length {size}, head size]"
         )
-    return _Ring.apply(query, key, value, exchange, stage)
+    return _Ring.apply(query, key, value, group, StageName(stage) if isinstance(stage, str) else stage)
 
 
 class _Ring(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, exchange: Exchange, stage: str) -> Tensor:
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, group: dist.ProcessGroup, stage: StageName) -> Tensor:
         block, merged = [key.contiguous(), value.contiguous()], None
-        for step in range(exchange.size):
-            travels = step + 1 < exchange.size
+        ranks, label = group.size(), Label(Operation.RING.value, *stage)
+        for step in range(ranks):
+            travels = step + 1 < ranks
             if travels:
-                end = exchange.rotate(block, stage, "ring")
+                end = rotate(block, group=group, label=label)
             part = _attend(query, *block)
             merged = part if merged is None else _merge(*merged, *part)
             if travels:
                 block = end()
         assert merged is not None  # a group has a rank
         out, log_sum = merged[0].to(query.dtype), merged[1]
-        ctx.exchange, ctx.stage = exchange, stage
+        ctx.group, ctx.label = group, Label(Operation.RING_ADJOINT.value, *stage)
         ctx.save_for_backward(query, key, value, out, log_sum)
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        exchange, stage = ctx.exchange, ctx.stage
+        group, label, ranks = ctx.group, ctx.label, ctx.group.size()
         query, key, value, out, log_sum = ctx.saved_tensors
         block = [key.contiguous(), value.contiguous()]
         query_gradient = torch.zeros_like(query)
         arriving: Callable[[], list[Tensor]] | None = None  # the gradients of this rank's next block, as far as they are found
-        for step in range(exchange.size):
-            travels = step + 1 < exchange.size
+        for step in range(ranks):
+            travels = step + 1 < ranks
             if travels:
-                end = exchange.rotate(block, stage, "ring adjoint")
+                end = rotate(block, group=group, label=label)
             # With the log-sum-exp of whole rows, the backward of a block gives its part of the whole one's.
             part, *found = _attend_backward(gradient, query, block[0], block[1], out, log_sum)
             query_gradient += part
             if arriving is not None:
                 found = [mine + theirs for mine, theirs in zip(found, arriving(), strict=True)]
-            if exchange.size > 1:  # the last time home, to the rank whose block it is
-                arriving = exchange.rotate([part.contiguous() for part in found], stage, "ring adjoint")
+            if ranks > 1:  # the last time home, to the rank whose block it is
+                arriving = rotate([part.contiguous() for part in found], group=group, label=label)
             if travels:
                 block = end()
         key_gradient, value_gradient = found if arriving is None else arriving()

@@ -16,8 +16,9 @@ from megatron_dsp.errors import UsageError
 from megatron_dsp.layout import shard_ranges
 from megatron_dsp.reshard import switch
 from megatron_dsp.reshard.exchange import exchange_of
-from megatron_dsp.reshard.legs import Landing, Leg, begin, end
-from megatron_dsp.reshard.schedule import chunk_sizes
+from megatron_dsp.reshard.labels import StageName
+from megatron_dsp.reshard.stages.legs import Landing, Leg, begin, end
+from megatron_dsp.reshard.stages.schedule import chunk_sizes
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 Project = Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]
@@ -33,7 +34,7 @@ def ulysses(
     heads: int,
     size: int,
     group: dist.ProcessGroup | None = None,
-    stage: str = "",
+    stage: str | StageName = "",
 ) -> Tensor:
     """Attention over dim ``over``, of global size ``size``, of which each rank holds its shard; the result is sharded alike.
 
@@ -67,7 +68,7 @@ def ulysses_in_chunks(
     heads: int,
     size: int,
     group: dist.ProcessGroup | None = None,
-    stage: str = "",
+    stage: str | StageName = "",
 ) -> Tensor:
     """``finish(attention of project(x))`` in ``chunks`` chunks of ``x`` along dim ``along``, which none of the three mixes.
 
@@ -76,6 +77,7 @@ def ulysses_in_chunks(
     """
     group = mesh.sequence_group(group)
     exchange = exchange_of(group)
+    stage = StageName(stage) if isinstance(stage, str) else stage
     over_ranges = shard_ranges(size, exchange.size)
     there: list[tuple[Leg, Tensor]] = []
     back: list[tuple[Leg, Tensor]] = []

@@ -19,8 +19,7 @@ from megatron_dsp.models.attention import Over, OverRanks, SelfAttention
 from megatron_dsp.models.embeddings import time_rotations
 from megatron_dsp.models.video_dit_config import VideoDiTConfig
 from megatron_dsp.planner import Attention, ChainPlan, StageNeeds, cheapest_plan
-from megatron_dsp.reshard import FixedOverlap, Region, Stage, switch
-from megatron_dsp.reshard.exchange import exchange_of
+from megatron_dsp.reshard import FixedOverlap, Region, Stage, overlap_of, switch
 from megatron_dsp.tensor import TensorParallel
 
 DIMS = ("time", "batch", "space", "channels")
@@ -112,9 +111,9 @@ class BlockRunner(NamedTuple):
             else:
                 over = block_dims[index]
                 over_ranks = self._choose_attention(over, sharded, layout)
-                name = f"{_BLOCK_NAMES[over]} {index // 2}"
                 compute = partial(self._run_block, part, over, region, sides, over_ranks)
-                stages.append(Stage(compute, sharded, name, mixes_sharded=over_ranks is not None))
+                mixes = over_ranks is not None
+                stages.append(Stage(compute, sharded, _BLOCK_NAMES[over], mixes_sharded=mixes, number=index // 2))
         x = region.run(stages, x, independent="batch")
         at_head, at_end = layouts[-2:]
         if first + len(parts) > len(block_dims) and at_head != at_end:
@@ -224,7 +223,7 @@ def attention_over_ranks(backend: str, over: Over, sharded: str, layout: Layout,
 
     Over all tokens Ring works as over time; the other backends move the shard to the heads.
     """
-    overlap = exchange_of(group).overlap
+    overlap = overlap_of(group)
     # Which number of chunks is fastest is measured for DSP's stages alone.
     chunks = overlap.chunks if isinstance(overlap, FixedOverlap) and over != "all" else 1
 

@@ -72,7 +72,7 @@ class PipelinedVideoDiT(PipelineModule):
         super().__init__(specs, topology=topology(mesh), loss_fn=loss, partition_method=partition, dynamic_shape=True)
         self.config, self.tensor, self.layer_names = config, tensor, part_names(config)
         self._group = mesh.group("sequence")
-        self._way = BlockRunner(config, tensor, self._group, backend, recompute)
+        self._runner = BlockRunner(config, tensor, self._group, backend, recompute)
         first, stop = self._local_start, self._local_stop
         self._first = first - 1  # the embedding is no block
         self._is_first, self._is_last = first == 0, stop == len(parts)
@@ -95,7 +95,7 @@ class PipelinedVideoDiT(PipelineModule):
         else:
             time, modulation, tokens, x, mask, marks = inputs
             entering, space = Activations(x, time, modulation, tokens, mask.bool()), len(marks)
-        x = self._way.run(parts, entering, space=space, first=max(self._first, 0))
+        x = self._runner.run(parts, entering, space=space, first=max(self._first, 0))
         if self._is_last:
             return _WithZeroGradients.apply(x, entering.time, entering.modulation, entering.tokens)
         marks = x.new_zeros(space, dtype=torch.uint8)  # says how many spatial tokens there are, by its length

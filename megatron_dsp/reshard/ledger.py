@@ -8,23 +8,25 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from megatron_dsp.reshard.exchange import Exchange, open_exchanges
+from megatron_dsp.reshard.labels import Label, Operation
 
 
 class Row(NamedTuple):
-    """One line of a ledger. ``bytes`` are those that this rank sent to other ranks."""
+    """One line of a ledger. ``bytes`` are those that this rank sent to other ranks, ``kind`` is that of the stage."""
 
     group: str
     stage: str
-    operation: str
+    operation: Operation
     calls: int
     bytes: int
+    kind: str
 
 
 @dataclass
 class Ledger:
     """Collectives issued by this rank while a ``ledger()`` block runs, or ran."""
 
-    _start: dict[Exchange, dict] = field(default_factory=dict)
+    _start: dict[Exchange, dict[Label, tuple[int, int]]] = field(default_factory=dict)
     _end: list[Row] | None = None
 
     @property
@@ -35,10 +37,11 @@ class Ledger:
         rows = []
         for exchange in open_exchanges():
             before = self._start.get(exchange, {})
-            for (stage, operation), (calls, sent) in exchange.counts.items():
-                calls_before, sent_before = before.get((stage, operation), (0, 0))
+            for label, (calls, sent) in exchange.counts.items():
+                calls_before, sent_before = before.get(label, (0, 0))
                 if calls > calls_before:
-                    rows.append(Row(exchange.name, stage, operation, calls - calls_before, sent - sent_before))
+                    new = calls - calls_before, sent - sent_before
+                    rows.append(Row(exchange.name, str(label.stage), Operation(label.operation), *new, label.kind))
         return sorted(rows)
 
     @property
@@ -52,7 +55,7 @@ class Ledger:
         return sum(row.bytes for row in self.rows)
 
     def by(self, key: str) -> dict[str, tuple[int, int]]:
-        """(calls, bytes) summed by "group", "stage" or "operation"."""
+        """(calls, bytes) summed by "group", "stage", "operation" or "kind", that of stages without their numbers."""
         sums: dict[str, tuple[int, int]] = {}
         for row in self.rows:
             name = getattr(row, key)

@@ -15,7 +15,7 @@ over the group equals the single-process gradient (docs/contracts.md). Dims may 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple, overload
+from typing import Any, overload
 
 import torch
 import torch.distributed as dist
@@ -24,19 +24,34 @@ from torch import Tensor
 from megatron_dsp import mesh
 from megatron_dsp.errors import UsageError
 from megatron_dsp.layout import shard_range
-from megatron_dsp.reshard import operators
-from megatron_dsp.reshard.exchange import exchange_of
+from megatron_dsp.reshard import collectives
+from megatron_dsp.reshard.collectives import check_dim, check_shard, check_switch
+from megatron_dsp.reshard.exchange import Members, exchange_of
+from megatron_dsp.reshard.labels import Operation, StageName
+
+# The group by its name, the operation, and the kind and number of the stage: the last arguments of each collective.
+_Where = tuple[str, str, str, int | None]
+
+# Operators of torch take strings: an enumeration's members are not, to a compiler, and their values take time to look up.
+_SWITCH, _GATHER, _MEAN = Operation.SWITCH.value, Operation.GATHER.value, Operation.MEAN.value
+_ALL_REDUCE, _TOKEN_COUNT = Operation.ALL_REDUCE.value, Operation.TOKEN_COUNT.value
 
 
 @overload
 def switch(
-    x: Tensor, *, gather: int, split: int, size: int, group: dist.ProcessGroup | None = None, stage: str = ""
+    x: Tensor, *, gather: int, split: int, size: int, group: dist.ProcessGroup | None = None, stage: str | StageName = ""
 ) -> Tensor: ...
 
 
 @overload
 def switch(
-    x: Sequence[Tensor], *, gather: int, split: int, size: int, group: dist.ProcessGroup | None = None, stage: str = ""
+    x: Sequence[Tensor],
+    *,
+    gather: int,
+    split: int,
+    size: int,
+    group: dist.ProcessGroup | None = None,
+    stage: str | StageName = "",
 ) -> tuple[Tensor, ...]: ...
 
 
@@ -47,7 +62,7 @@ def switch(
     split: int,
     size: int,
     group: dist.ProcessGroup | None = None,
-    stage: str = "",
+    stage: str | StageName = "",
 ) -> Tensor | tuple[Tensor, ...]:
     """Move the shard from dim ``gather``, which becomes whole, to dim ``split``, which is whole in ``x``.
 
@@ -63,42 +78,33 @@ def switch(
     """
     members = _members(group)
     xs = (x,) if isinstance(x, Tensor) else tuple(x)
-    gathers, splits = tuple(_dim(x, gather, "gather") for x in xs), tuple(_dim(x, split, "split") for x in xs)
-    for x_, gather_dim, split_dim in zip(xs, gathers, splits, strict=True):
-        if gather_dim == split_dim:
-            raise UsageError(f"switch: gather and split are both dim {gather_dim}; a switch moves the shard to another dim")
-        _check_shard(x_, gather_dim, size, members, "switch")
-    if members.size > 1 and xs:
-        xs = _Switch.apply(gathers, splits, (size,) * len(xs), members.name, stage, "switch", *xs)
+    if members.size > 1 and xs:  # whose collective checks its arguments, once for a shape
+        xs = _Switch.apply((gather, split, (size,) * len(xs), _where(members, _SWITCH, stage)), *xs)
+    else:
+        for each in xs:
+            check_switch(members, each, gather, split, size)
     return xs[0] if isinstance(x, Tensor) else xs
 
 
 class _Switch(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any,
-        gathers: tuple[int, ...],
-        splits: tuple[int, ...],
-        sizes: tuple[int, ...],
-        group: str,
-        stage: str,
-        operation: str,
-        *xs: Tensor,
-    ) -> tuple[Tensor, ...]:
-        reverse_sizes = tuple(x.shape[split] for x, split in zip(xs, splits, strict=True))
-        ctx.reverse = (splits, gathers, reverse_sizes, group, stage, _adjoint_of(operation))
-        moved = tuple(operators.switch(xs, gathers, splits, sizes, group, stage, operation))
-        # torch would take all of them to need a gradient where one of them does, masks aside.
-        ctx.mark_non_differentiable(*(y for y, needed in zip(moved, ctx.needs_input_grad[6:], strict=True) if not needed))
+    def forward(ctx: Any, how: tuple[int, int, tuple[int, ...], _Where], *xs: Tensor) -> tuple[Tensor, ...]:
+        gather, split, sizes, where = how
+        moved = tuple(collectives.switch(xs, gather, split, sizes, *where))
+        ctx.back = split, gather, tuple([x.shape[split] for x in xs]), where
+        if len(xs) > 1:
+            # torch would take all of them to need a gradient where one of them does, masks aside.
+            needed = ctx.needs_input_grad[1:]
+            ctx.mark_non_differentiable(*(y for y, needs in zip(moved, needed, strict=True) if not needs))
         return moved
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        splits, gathers, sizes, *where = ctx.reverse
-        moved = [index for index, needed in enumerate(ctx.needs_input_grad[6:]) if needed]
-        dims_and_sizes = (tuple(values[index] for index in moved) for values in (splits, gathers, sizes))
-        results = iter(_Switch.apply(*dims_and_sizes, *where, *(gradients[index] for index in moved)))
-        return (*[None] * 6, *(next(results) if index in moved else None for index in range(len(gradients))))
+        gather, split, sizes, where = ctx.back
+        moved = [index for index, needed in enumerate(ctx.needs_input_grad[1:]) if needed]
+        how = gather, split, tuple([sizes[index] for index in moved]), _adjoint(where)
+        results = iter(_Switch.apply(how, *[gradients[index] for index in moved]))
+        return (None, *(next(results) if index in moved else None for index in range(len(gradients))))
 
 
 def split(x: Tensor, *, dim: int, group: dist.ProcessGroup | None = None) -> Tensor:
@@ -107,75 +113,75 @@ def split(x: Tensor, *, dim: int, group: dist.ProcessGroup | None = None) -> Ten
     Backward communicates nothing: the gradient is zero outside the shard, and exact after the mean over the group.
     """
     members = _members(group)
-    dim = _dim(x, dim, "dim")
+    dim = check_dim(x, dim, "dim")
     start, stop = shard_range(x.shape[dim], members.size, members.rank)
     return x if members.size == 1 else x.narrow(dim, start, stop - start)
 
 
-def gather(x: Tensor, *, dim: int, size: int, group: dist.ProcessGroup | None = None, stage: str = "") -> Tensor:
+def gather(x: Tensor, *, dim: int, size: int, group: dist.ProcessGroup | None = None, stage: str | StageName = "") -> Tensor:
     """The whole tensor, on every rank, from shards of dim ``dim`` whose global size is ``size``. Errors as `switch`."""
     members = _members(group)
-    dim = _dim(x, dim, "dim")
-    _check_shard(x, dim, size, members, "gather")
-    return x if members.size == 1 else _Gather.apply(x, dim, size, members.name, stage, "gather")
+    dim = check_dim(x, dim, "dim")
+    check_shard(members, x, dim, size, "gather")
+    return x if members.size == 1 else _Gather.apply(x, dim, size, _where(members, _GATHER, stage))
 
 
 class _Gather(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, dim: int, size: int, group: str, stage: str, operation: str) -> Tensor:
-        ctx.reverse = (dim, size, group, stage, _adjoint_of(operation))
-        return operators.gather(x, dim, size, group, stage, operation)
+    def forward(ctx: Any, x: Tensor, dim: int, size: int, where: _Where) -> Tensor:
+        ctx.reverse = (dim, size, _adjoint(where))
+        return collectives.gather(x, dim, size, *where)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        return (_ReduceScatter.apply(gradient, *ctx.reverse), *[None] * 5)
+        return (_ReduceScatter.apply(gradient, *ctx.reverse), *[None] * 3)
 
 
 class _ReduceScatter(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, dim: int, size: int, group: str, stage: str, operation: str) -> Tensor:
-        ctx.reverse = (dim, size, group, stage, _adjoint_of(operation))
-        return operators.reduce_scatter(x, dim, group, stage, operation)
+    def forward(ctx: Any, x: Tensor, dim: int, size: int, where: _Where) -> Tensor:
+        ctx.reverse = (dim, size, _adjoint(where))
+        return collectives.reduce_scatter(x, dim, *where)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        return (_Gather.apply(gradient, *ctx.reverse), *[None] * 5)
+        return (_Gather.apply(gradient, *ctx.reverse), *[None] * 3)
 
 
-def mean(x: Tensor, *, dim: int, size: int, group: dist.ProcessGroup | None = None, stage: str = "") -> Tensor:
+def mean(x: Tensor, *, dim: int, size: int, group: dist.ProcessGroup | None = None, stage: str | StageName = "") -> Tensor:
     """The mean over dim ``dim`` of global size ``size``, of which ``x`` holds this rank's shard; the same on every rank.
 
     bf16 and fp16 are summed in fp32, as ``torch.mean`` does. Errors as `switch`; UsageError for other than floats.
     """
     members = _members(group)
-    dim = _dim(x, dim, "dim")
+    dim = check_dim(x, dim, "dim")
     if not (x.is_floating_point() or x.is_complex()):
         raise UsageError(f"mean: dtype {x.dtype} has no mean; convert the tensor to a floating dtype first")
-    _check_shard(x, dim, size, members, "mean")
+    check_shard(members, x, dim, size, "mean")
     accumulate = torch.float32 if x.dtype in (torch.bfloat16, torch.float16) else x.dtype
     local = x.sum(dim, dtype=accumulate) / size
     if members.size > 1:
-        local = _AllReduce.apply(local, members.name, stage, "mean")
+        local = _AllReduce.apply(local, _where(members, _MEAN, stage))
     return local.to(x.dtype)
 
 
-def all_reduce(x: Tensor, *, group: dist.ProcessGroup | None = None, stage: str = "") -> Tensor:
+def all_reduce(x: Tensor, *, group: dist.ProcessGroup | None = None, stage: str | StageName = "") -> Tensor:
     """The sum over the ranks of their ``x``, the same on every rank. Its adjoint sums the ranks' gradients."""
     members = _members(group)
-    return x if members.size == 1 else _AllReduce.apply(x, members.name, stage, "all-reduce")
+    return x if members.size == 1 else _AllReduce.apply(x, _where(members, _ALL_REDUCE, stage))
 
 
 class _AllReduce(torch.autograd.Function):
     """Its adjoint is itself: each rank's output depends on all inputs, and the ranks' gradients are partial sums."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, group: str, stage: str, operation: str) -> Tensor:
-        ctx.reverse = (group, stage, _adjoint_of(operation))
-        return operators.all_reduce(x, group, stage, operation)
+    def forward(ctx: Any, x: Tensor, where: _Where) -> Tensor:
+        ctx.reverse = _adjoint(where)
+        return collectives.all_reduce(x, *where)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        return (_AllReduce.apply(gradient, *ctx.reverse), None, None, None)
+        return _AllReduce.apply(gradient, ctx.reverse), None
 
 
 def mean_loss(per_token: Tensor, *, group: dist.ProcessGroup | None = None, mask: Tensor | None = None) -> Tensor:
@@ -196,41 +202,32 @@ def mean_loss(per_token: Tensor, *, group: dist.ProcessGroup | None = None, mask
         tokens = torch.where(weights != 0, tokens, 0.0) * weights
         count = weights.sum()
     if members.size > 1:
-        count = operators.all_reduce(count.detach(), members.name, "loss", "token count")
+        count = collectives.all_reduce(count.detach(), *_where(members, _TOKEN_COUNT, "loss"))
     return tokens.sum() * members.size / torch.where(count == 0, 1.0, count)
 
 
-class _Members(NamedTuple):
-    """What a primitive needs of a group; constants to torch.compile."""
-
-    name: str  # the group_name, by which operators find the group
-    description: str
-    size: int
-    rank: int
-
-
 @torch.compiler.assume_constant_result
-def _members(group: dist.ProcessGroup | None) -> _Members:
-    group = mesh.sequence_group(group)
-    exchange = exchange_of(group)
-    return _Members(group.group_name, exchange.name, exchange.size, exchange.rank)
+def _members(group: dist.ProcessGroup | None) -> Members:
+    return exchange_of(mesh.sequence_group(group)).members
 
 
-def _dim(x: Tensor, dim: int, name: str) -> int:
-    if not -x.dim() <= dim < x.dim():
-        raise UsageError(f"{name}={dim} is no dim of a tensor of shape {tuple(x.shape)}; use {-x.dim()}..{x.dim() - 1}")
-    return dim % x.dim()
+def _where(members: Members, operation: str, stage: str | StageName) -> _Where:
+    kind, number = (stage, None) if isinstance(stage, str) else stage
+    return members.name, operation, kind, number
 
 
-def _check_shard(x: Tensor, dim: int, size: int, members: _Members, operation: str) -> None:
-    start, stop = shard_range(size, members.size, members.rank)
-    if x.shape[dim] != stop - start:
-        raise ValueError(
-            f"{operation}: rank {members.rank} of {members.size} in group {members.description!r} holds {x.shape[dim]} of dim "
-            f"{dim} (shape {tuple(x.shape)}), but its shard of size={size} is {stop - start}; size is the global size of "
-            "the sharded dim, and shards follow dsp.shard_sizes"
-        )
+_ADJOINTS = {
+    operation.value: adjoint.value
+    for pair in (
+        (Operation.SWITCH, Operation.SWITCH_ADJOINT),
+        (Operation.GATHER, Operation.GATHER_ADJOINT),
+        (Operation.MEAN, Operation.MEAN_ADJOINT),
+        (Operation.ALL_REDUCE, Operation.ALL_REDUCE_ADJOINT),
+    )
+    for operation, adjoint in (pair, pair[::-1])
+}
 
 
-def _adjoint_of(operation: str) -> str:
-    return operation.removesuffix(" adjoint") if operation.endswith(" adjoint") else operation + " adjoint"
+def _adjoint(where: _Where) -> _Where:
+    group, operation, kind, number = where
+    return group, _ADJOINTS[operation], kind, number

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import TypeVar
 
 import torch
+import torch.distributed as dist
 
-from megatron_dsp.reshard.moves import Move
-from megatron_dsp.reshard.transports import End
+from megatron_dsp.reshard.exchange import exchange_of
+from megatron_dsp.reshard.labels import Label
+from megatron_dsp.reshard.transport.move import End, Move, Transport
 
 Result = TypeVar("Result")
 
@@ -27,10 +30,20 @@ class SwitchTimer:
         self._seconds = 0.0
         self._events: deque[tuple[torch.cuda.Event, torch.cuda.Event]] = deque()
 
-    def begin(self, begin: Callable[[list[Move]], End], moves: list[Move]) -> End:
-        """``begin(moves)``, timed, as is the end that it returns."""
-        end = self._timed(lambda: begin(moves))
-        return lambda: self._timed(end)
+    def time(self, call: Callable[[], Result]) -> Result:
+        """What ``call`` returns; its time is added."""
+        if self._device.type == "cuda":
+            stream = torch.cuda.current_stream(self._device)
+            start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            start.record(stream)
+            result = call()
+            stop.record(stream)
+            self._events.append((start, stop))
+            return result
+        started = time.perf_counter()
+        result = call()
+        self._seconds += time.perf_counter() - started
+        return result
 
     def collect(self) -> None:
         """Let go of the events that the device has passed; to be called now and then, as after each step."""
@@ -44,16 +57,27 @@ class SwitchTimer:
         seconds, self._seconds = self._seconds, 0.0
         return seconds
 
-    def _timed(self, call: Callable[[], Result]) -> Result:
-        if self._device.type == "cuda":
-            stream = torch.cuda.current_stream(self._device)
-            start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            start.record(stream)
-            result = call()
-            stop.record(stream)
-            self._events.append((start, stop))
-            return result
-        started = time.perf_counter()
-        result = call()
-        self._seconds += time.perf_counter() - started
-        return result
+
+class TimedTransport:
+    """A transport whose begins and ends are timed."""
+
+    def __init__(self, transport: Transport, timer: SwitchTimer):
+        self._transport, self._timer = transport, timer
+        self.name, self.buffers = transport.name, transport.buffers
+
+    def begin(self, moves: Sequence[Move], label: Label, *, at_once: bool) -> End:
+        """As `Transport.begin`."""
+        end = self._timer.time(lambda: self._transport.begin(moves, label, at_once=at_once))
+        return lambda: self._timer.time(end)
+
+
+@contextmanager
+def timed_switches(group: dist.ProcessGroup, timer: SwitchTimer) -> Iterator[None]:
+    """In the block, ``timer`` adds up the switches over ``group``."""
+    exchange = exchange_of(group)
+    usual = exchange.transport
+    exchange.transport = TimedTransport(usual, timer)
+    try:
+        yield
+    finally:
+        exchange.transport = usual

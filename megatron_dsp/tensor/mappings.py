@@ -24,8 +24,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_dsp.layout import shard_range, shard_sizes
-from megatron_dsp.reshard import operators
+from megatron_dsp.reshard import collectives
 from megatron_dsp.reshard.exchange import exchange_of
+from megatron_dsp.reshard.labels import Operation
 
 
 def copy_to_tensor(x: Tensor, *, group: dist.ProcessGroup, stage: str = "") -> Tensor:
@@ -41,19 +42,19 @@ class _Copy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        return (_Reduce.apply(gradient, *ctx.where, "tensor all-reduce adjoint"), None, None)
+        return (_Reduce.apply(gradient, *ctx.where, Operation.TENSOR_ALL_REDUCE_ADJOINT.value), None, None)
 
 
 def reduce_from_tensor(x: Tensor, *, group: dist.ProcessGroup, stage: str = "") -> Tensor:
     """The sum of all ranks' ``x``, on all of them."""
-    return x if group.size() == 1 else _Reduce.apply(x, _name(group), stage, "tensor all-reduce")
+    return x if group.size() == 1 else _Reduce.apply(x, _name(group), stage, Operation.TENSOR_ALL_REDUCE.value)
 
 
 class _Reduce(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: str, stage: str, operation: str) -> Tensor:
         ctx.where = (group, stage)
-        return operators.all_reduce(x, group, stage, operation)
+        return collectives.all_reduce(x, group, operation, stage, None)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
@@ -68,7 +69,7 @@ def scatter_to_tensor(x: Tensor, *, dim: int, group: dist.ProcessGroup, stage: s
 class _Scatter(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, dim: int, group: str, ranks: int, rank: int, stage: str) -> Tensor:
-        ctx.reverse = (dim, x.shape[dim], group, ranks, rank, stage, "tensor all-gather adjoint")
+        ctx.reverse = (dim, x.shape[dim], group, ranks, rank, stage, Operation.TENSOR_ALL_GATHER_ADJOINT.value)
         start, stop = shard_range(x.shape[dim], ranks, rank)
         return x.narrow(dim, start, stop - start)
 
@@ -82,14 +83,14 @@ def gather_from_tensor(x: Tensor, *, dim: int, size: int, group: dist.ProcessGro
     if group.size() == 1:
         return x
     dim = _check(x, dim, size, group, "gather_from_tensor")
-    return _Gather.apply(x, dim, size, _name(group), group.size(), group.rank(), stage, "tensor all-gather")
+    return _Gather.apply(x, dim, size, _name(group), group.size(), group.rank(), stage, Operation.TENSOR_ALL_GATHER.value)
 
 
 class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, dim: int, size: int, group: str, ranks: int, rank: int, stage: str, name: str) -> Tensor:
         ctx.reverse = (dim, group, ranks, rank, stage)
-        return operators.gather(x, dim, size, group, stage, name)
+        return collectives.gather(x, dim, size, group, name, stage, None)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
@@ -101,34 +102,38 @@ def gather_from_sequence(x: Tensor, *, dim: int, size: int, group: dist.ProcessG
     if group.size() == 1:
         return x
     dim = _check(x, dim, size, group, "gather_from_sequence")
-    return _GatherSequence.apply(x, dim, size, _name(group), stage, "tensor all-gather")
+    return _GatherSequence.apply(x, dim, size, _name(group), stage, Operation.TENSOR_ALL_GATHER.value)
 
 
 class _GatherSequence(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, dim: int, size: int, group: str, stage: str, operation: str) -> Tensor:
         ctx.reverse = (dim, group, stage)
-        return operators.gather(x, dim, size, group, stage, operation)
+        return collectives.gather(x, dim, size, group, operation, stage, None)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        return (_ReduceScatter.apply(gradient, *ctx.reverse, "tensor reduce-scatter adjoint"), *[None] * 5)
+        return (_ReduceScatter.apply(gradient, *ctx.reverse, Operation.TENSOR_REDUCE_SCATTER_ADJOINT.value), *[None] * 5)
 
 
 def reduce_scatter_to_sequence(x: Tensor, *, dim: int, group: dist.ProcessGroup, stage: str = "") -> Tensor:
     """This rank's shard of dim ``dim`` of the sum of all ranks' ``x``."""
-    return x if group.size() == 1 else _ReduceScatter.apply(x, dim % x.dim(), _name(group), stage, "tensor reduce-scatter")
+    return (
+        x
+        if group.size() == 1
+        else _ReduceScatter.apply(x, dim % x.dim(), _name(group), stage, Operation.TENSOR_REDUCE_SCATTER.value)
+    )
 
 
 class _ReduceScatter(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, dim: int, group: str, stage: str, operation: str) -> Tensor:
         ctx.reverse = (dim, x.shape[dim], group, stage)
-        return operators.reduce_scatter(x, dim, group, stage, operation)
+        return collectives.reduce_scatter(x, dim, group, operation, stage, None)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        return (_GatherSequence.apply(gradient, *ctx.reverse, "tensor all-gather adjoint"), *[None] * 4)
+        return (_GatherSequence.apply(gradient, *ctx.reverse, Operation.TENSOR_ALL_GATHER_ADJOINT.value), *[None] * 4)
 
 
 @torch.compiler.assume_constant_result

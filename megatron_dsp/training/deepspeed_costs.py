@@ -27,7 +27,7 @@ import torch
 from megatron_dsp.config import Config
 from megatron_dsp.dtypes import NAMES_OF, PRECISIONS
 from megatron_dsp.errors import UsageError
-from megatron_dsp.reshard.exchange import ring_all_reduce_bytes
+from megatron_dsp.reshard.collectives import ring_all_reduce_bytes
 from megatron_dsp.training.deepspeed_engine import check_pipeline_config
 
 _FP32 = 4  # bytes

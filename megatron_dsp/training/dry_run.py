@@ -219,7 +219,7 @@ class _Stage:
         frames, hidden, length = -(-job.frames // job.model.patch[0]), job.model.hidden, job.conditioning_tokens
         h, w = grid_size(job.height, job.width, job.model.patch)
         space = h * w if model.tensor.sequence_dim is None else model.tensor.own(h * w, "spatial tokens")
-        layout = Layout(DIMS, (frames, micro, space, hidden), sharded=model._way.layouts(frames, micro, space)[model._first])
+        layout = Layout(DIMS, (frames, micro, space, hidden), sharded=model._runner.layouts(frames, micro, space)[model._first])
         x = layout.local_sizes(group.size(), group.rank())
         floats = ((frames, micro, hidden), (frames, micro, 6 * hidden), (micro, length, hidden), x)
         dtype = self.parameters()[0].dtype

@@ -23,8 +23,8 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
 from megatron_dsp.errors import UsageError
-from megatron_dsp.reshard import operators
-from megatron_dsp.reshard.exchange import exchange_named
+from megatron_dsp.reshard import collectives
+from megatron_dsp.reshard.labels import Label
 
 
 @contextmanager
@@ -48,15 +48,14 @@ class Collective(NamedTuple):
     Attributes:
         axis: of the mesh.
         ranks: of the group.
-        operation, stage: as in the ledger.
+        label: its operation, and the stage that it serves.
         shapes: of the whole tensors, of which each rank has or gets its shard.
         dims: the dim that becomes whole and the one that is then sharded, -1 where there is none.
     """
 
     axis: str
     ranks: tuple[int, ...]
-    operation: str
-    stage: str
+    label: Label
     shapes: tuple[tuple[int, ...], ...]
     dims: tuple[int, int]
 
@@ -102,33 +101,12 @@ class Watch(TorchDispatchMode):
         self.live -= size
 
     def _note(self, function: Any, args: Any) -> None:
-        if function is operators.switch:
-            xs, gather, split, sizes, group, stage, operation = args
-            exchange = exchange_named(group)
-            sent = exchange.sent_by_switch(exchange.moves(xs, gather, split, sizes))
-            shapes = tuple(_whole(x, dim, size) for x, dim, size in zip(xs, gather, sizes, strict=True))
-            dims = (gather[0], split[0])
-        elif function is operators.gather:
-            x, dim, size, group, stage, operation = args
-            exchange = exchange_named(group)
-            sent, shapes, dims = exchange.sent_by_gather(x), (_whole(x, dim, size),), (dim, -1)
-        elif function is operators.reduce_scatter:
-            x, dim, group, stage, operation = args
-            exchange = exchange_named(group)
-            sent, shapes, dims = exchange.sent_by_reduce_scatter(x, dim), (tuple(x.shape),), (-1, dim)
-        elif function is operators.all_reduce:
-            x, group, stage, operation = args
-            exchange = exchange_named(group)
-            sent, shapes, dims = exchange.sent_by_all_reduce(x), (tuple(x.shape),), (-1, -1)
-        else:
-            return
-        exchange.count(stage, operation, sent)
-        ranks = tuple(dist.get_process_group_ranks(exchange.group))
-        self.collectives.append(Collective(exchange.name, ranks, operation, stage, shapes, dims))
-
-
-def _whole(x: Tensor, dim: int, size: int) -> tuple[int, ...]:
-    return (*x.shape[:dim], size, *x.shape[dim + 1 :])
+        described = collectives.describe(function, args)
+        if described is not None:
+            exchange, label, about = described
+            exchange.count(label, about.sent)
+            ranks = tuple(dist.get_process_group_ranks(exchange.group))
+            self.collectives.append(Collective(exchange.name, ranks, label, about.shapes, about.dims))
 
 
 class SavedTensors:

@@ -6,7 +6,7 @@ import argparse
 import signal
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, Protocol
 
 import torch
@@ -14,9 +14,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from megatron_dsp.mesh import Mesh
-from megatron_dsp.reshard.exchange import exchange_of
+from megatron_dsp.reshard import overlap_of
 from megatron_dsp.reshard.exposed import exposed_seconds
-from megatron_dsp.reshard.trace import named
+from megatron_dsp.reshard.labels import profile_range
+from megatron_dsp.reshard.stages.overlap import whole_stages
 from megatron_dsp.training import checkpointing
 from megatron_dsp.training.checkpointing import Progress
 from megatron_dsp.training.device_peaks import peak_tflops
@@ -69,7 +70,7 @@ def train(
     started, first = time.perf_counter(), progress.iteration
     loss_sum = torch.zeros((), device=mesh.device)  # over the steps since the last log line
     meter = Meter(mesh, _peak_tflops(engine, mesh, arguments))
-    overlap, shown = exchange_of(mesh.group("sequence")).overlap, 0
+    overlap, shown = overlap_of(mesh.group("sequence")), 0
 
     with _stop_signal() as stop, _trace(arguments, log) as trace_step:
         while progress.iteration < arguments.train_iters:
@@ -142,7 +143,7 @@ def _train_step(engine: Any, workload: Workload, mesh: Mesh, samples: list[list[
     for positions in samples:
         loss = workload.loss(engine, positions)
         engine.backward(loss)
-        with named("optimizer step"):
+        with profile_range("optimizer step"):
             engine.step()
         total += loss.detach() / engine.gradient_accumulation_steps()
     return total
@@ -178,18 +179,15 @@ def _validate(engine: Any, workload: Workload, mesh: Mesh, batches: int, progres
 
 def _show_exposed(engine: Any, workload: Workload, mesh: Mesh, progress: Progress, log: TrainingLog) -> None:
     """What communication adds to forward and backward of a micro-batch. Weights and their gradients stay as they are."""
-    exchange = exchange_of(mesh.group("sequence"))
-    overlap, samples = exchange.overlap, next(_micro_batches(engine, mesh, progress.consumed_samples))
+    group = mesh.group("sequence")
+    overlap, samples = overlap_of(group), next(_micro_batches(engine, mesh, progress.consumed_samples))
     weights = [weight for weight in engine.module.parameters() if weight.requires_grad]
-    if overlap is not None and not overlap.decisions:
-        exchange.overlap = None  # its trials are of training's passes
-    try:
+    undecided = overlap is not None and not overlap.decisions  # its trials are of training's passes
+    with whole_stages(group) if undecided else nullcontext():
         # Not backward(): it would have DeepSpeed reduce these gradients.
         seconds = exposed_seconds(
-            lambda: torch.autograd.grad(workload.loss(engine.module, samples), weights), exchange, mesh.device
+            lambda: torch.autograd.grad(workload.loss(engine.module, samples), weights), group, mesh.device
         )
-    finally:
-        exchange.overlap = overlap
     step = seconds.pop("step")
     parts = " | ".join(f"{name}: {1000 * value:.1f}" for name, value in seconds.items())
     log.message(f" exposed communication (ms) of {1000 * step:.1f} at iteration {progress.iteration} | {parts} |")

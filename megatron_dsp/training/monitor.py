@@ -14,8 +14,7 @@ import torch.distributed as dist
 
 from megatron_dsp.mesh import Mesh
 from megatron_dsp.reshard import ledger
-from megatron_dsp.reshard.exchange import exchange_of
-from megatron_dsp.reshard.switch_timer import SwitchTimer
+from megatron_dsp.reshard.switch_timer import SwitchTimer, timed_switches
 
 
 @dataclass(frozen=True)
@@ -49,7 +48,7 @@ class Meter:
 
     def __init__(self, mesh: Mesh, peak_tflops: float | None):
         self._mesh, self._peak = mesh, peak_tflops
-        self._exchange = exchange_of(mesh.group("sequence"))
+        self._group = mesh.group("sequence")
         self._switches = SwitchTimer(mesh.device)
         self.all_switch_bytes = self.all_sequence_bytes = 0  # of this rank
         dist.barrier()  # else who comes first would seem to wait for switches longer than an iteration takes
@@ -62,15 +61,11 @@ class Meter:
     @contextmanager
     def step(self, forward_flops: int) -> Iterator[None]:
         """The block is a training step; ``forward_flops`` are those of this data rank's micro-batches."""
-        self._exchange.timer = self._switches
-        try:
-            with ledger() as moved:
-                yield
-        finally:
-            self._exchange.timer = None
+        with timed_switches(self._group, self._switches), ledger() as moved:
+            yield
         self._switches.collect()
-        rows = [row for row in moved.rows if row.group == self._exchange.name]
-        self._switch_bytes += sum(row.bytes for row in rows if row.operation.startswith("switch"))
+        rows = [row for row in moved.rows if row.group == self._group.group_desc]
+        self._switch_bytes += sum(row.bytes for row in rows if row.operation.is_switch)
         self._sequence_bytes += sum(row.bytes for row in rows)
         self._flops += forward_flops
         self.steps += 1

@@ -1,8 +1,8 @@
 """Where the time of one training step goes: stages forward and backward, switches, data, optimizer.
 
-The step runs under torch's profiler. Its forward stages, its switches and the rest are ranges with names (`trace.named`). What
-backward does has none: but autograd numbers the nodes that a thread makes, the profiler notes the number at which each operator
-found the count, and backward's events bear the numbers of their nodes. So a node belongs to the stage that made it.
+The step runs under torch's profiler. Its forward stages, its switches and the rest are ranges with names (`profile_range`).
+What backward does has none: but autograd numbers the nodes that a thread makes, the profiler notes the number at which each
+operator found the count, and backward's events bear the numbers of their nodes. So a node belongs to the stage that made it.
 """
 
 from __future__ import annotations
@@ -18,8 +18,9 @@ from torch.autograd import DeviceType
 from torch.autograd.profiler_util import FunctionEvent
 from torch.profiler import ProfilerActivity
 
+from megatron_dsp.reshard.labels import ProfileRange, range_named
+
 _BACKWARD = "autograd::engine::evaluate_function: "
-_RANGES = ("switch", "begin switch", "wait for switch", "data", "optimizer step")  # how names begin, beside those of stages
 
 
 class StageTimers:
@@ -39,7 +40,7 @@ class StageTimers:
 
         Keys: "step"; "forward KIND" and "backward KIND" for stages, with what they communicate inside; "switch KIND" and
         "switch adjoint KIND", or "begin ..." and "wait for ..." of those that travel beside compute; "data"; "optimizer step".
-        A kind is the name of a stage without the number at its end. On CUDA the times are those of the kernels that were
+        A kind is the name of a stage without its number. On CUDA the times are those of the kernels that were
         started there.
         """
         step = time.perf_counter() - self._start
@@ -57,19 +58,18 @@ def seconds_by_kind(events: Iterable[FunctionEvent], on_device: bool) -> dict[st
     events = sorted(
         (event for event in events if event.device_type == DeviceType.CPU), key=lambda event: event.time_range.start
     )
-    stages = [event for event in events if event.is_user_annotation and event.name.startswith("stage ")]
+    ranges = {id(event): range_named(event.name) for event in events if event.is_user_annotation}
+    stages = [event for event in events if (shown := ranges.get(id(event))) is not None and shown.what == "stage"]
     nodes = _stages_of_nodes(events, stages)
     seconds: dict[str, float] = defaultdict(float)
     for event in events:
+        name = None
         if event.name.startswith(_BACKWARD):
             stage = nodes.get((event.fwd_thread or 0, event.sequence_nr))
-            name = None if stage is None else "backward" + _kind(stage.name).removeprefix("stage")
-        elif not event.is_user_annotation:
-            name = None
-        elif event.name.startswith("stage "):
-            name = "forward" + _kind(event.name).removeprefix("stage")
-        else:
-            name = _kind(event.name) if event.name.startswith(_RANGES) else None
+            if stage is not None:
+                name = _name("backward", ranges[id(stage)])
+        elif (shown := ranges.get(id(event))) is not None:
+            name = _name("forward" if shown.what == "stage" else shown.what, shown)
         if name is not None:
             seconds[name] += (event.device_time_total if on_device else event.time_range.elapsed_us()) / 1e6
     return dict(seconds)
@@ -91,6 +91,6 @@ def _stages_of_nodes(
     return made
 
 
-def _kind(name: str) -> str:
-    """The name without the number at its end: "stage temporal" of "stage temporal 3"."""
-    return name.rstrip(" 0123456789")
+def _name(what: str, shown: ProfileRange | None) -> str:
+    """What is shown of a range: all of its kind of stage together."""
+    return what if shown is None or not shown.stage.kind else f"{what} {shown.stage.kind}"

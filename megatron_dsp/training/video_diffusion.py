@@ -20,7 +20,7 @@ from megatron_dsp.models.embeddings import grid_size, unpatchify
 from megatron_dsp.models.flops import forward_flops
 from megatron_dsp.models.video_dit import VideoDiT, VideoDiTConfig
 from megatron_dsp.reshard import gather
-from megatron_dsp.reshard.trace import named
+from megatron_dsp.reshard.labels import profile_range
 from megatron_dsp.tensor import TensorParallel
 from megatron_dsp.training import rectified_flow
 from megatron_dsp.training.checkpointing import load_weights
@@ -102,7 +102,7 @@ class VideoDiffusion:
         return self._whole(self._batch(self.validation, samples).video, self.validation.shape(samples)[0])
 
     def _batch(self, batches: VideoBatches, samples: list[int]) -> VideoBatch:
-        with named("data"):
+        with profile_range("data"):
             return batches.batch(samples, self._frames(batches, samples)).to(self._device)
 
     def _frames(self, batches: VideoBatches, samples: list[int]) -> range:

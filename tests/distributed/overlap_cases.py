@@ -16,9 +16,9 @@ from torch.utils.checkpoint import checkpoint
 
 import megatron_dsp as dsp
 from megatron_dsp.layout import Layout
-from megatron_dsp.reshard import FixedOverlap, Region, Stage
+from megatron_dsp.reshard import FixedOverlap, Region, Stage, set_overlap
 from megatron_dsp.reshard.exchange import exchange_of
-from megatron_dsp.reshard.transports import Transport
+from megatron_dsp.reshard.transport.move import Transport
 
 TOLERANCE = {torch.float32: 1e-6, torch.float64: 1e-12}  # relative to the largest entry
 
@@ -196,7 +196,7 @@ def forward(case: Case, parts: list[Part], region: Region, seen: Seen, x: Tensor
         seen.append((part.number, {dim: region.range(dim) for dim in case.dims}, x.detach().clone()))
         return part(region, x)
 
-    stages = [Stage(partial(compute, part), case.chain[part.number], f"stage {part.number}") for part in parts]
+    stages = [Stage(partial(compute, part), case.chain[part.number], "stage", number=part.number) for part in parts]
     return region.run(stages, x, independent=case.independent)
 
 
@@ -301,13 +301,13 @@ def small(along: str | None = "sharded", **changes: Any) -> tuple[Case, list[Par
 def run_chunked(case: Case, parts: list[Part], transport: Transport | None = None) -> Result:
     """By the case's schedule, over another transport if one is given."""
     exchange = exchange_of(dist.group.WORLD)
-    exchange.overlap = FixedOverlap(case.chunks, along=case.along, shrink=case.shrink)
+    set_overlap(dist.group.WORLD, FixedOverlap(case.chunks, along=case.along, shrink=case.shrink))
     exchange.transport, usual = transport or exchange.transport, exchange.transport
     try:
         return run_case(case, parts, dist.group.WORLD)
     finally:
         exchange.transport = usual
-        exchange.overlap = None
+        set_overlap(dist.group.WORLD, None)
 
 
 class _NothingSaved(nn.Module):

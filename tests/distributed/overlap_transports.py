@@ -15,8 +15,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_dsp.reshard.moves import Move
-from megatron_dsp.reshard.transports import End, Transport
+from megatron_dsp.reshard.labels import Label
+from megatron_dsp.reshard.transport.move import End, Move, Transport, as_bytes
 
 
 class _Around:
@@ -26,9 +26,6 @@ class _Around:
         self.real = real
         self.name, self.buffers = real.name, real.buffers
 
-    def check(self, x: Tensor) -> None:
-        self.real.check(x)
-
 
 class RecordingTransport(_Around):
     """Writes down when which switch begins and ends, into ``log``, where stages write as well."""
@@ -37,10 +34,10 @@ class RecordingTransport(_Around):
         super().__init__(real)
         self.log, self._begun = log, 0
 
-    def begin(self, moves: list[Move]) -> End:
+    def begin(self, moves: list[Move], label: Label, *, at_once: bool) -> End:
         number, self._begun = self._begun, self._begun + 1
         self.log.append(f"b{number}")
-        real_end = self.real.begin(moves)
+        real_end = self.real.begin(moves, label, at_once=at_once)
 
         def end() -> list[Tensor]:
             self.log.append(f"e{number}")
@@ -61,28 +58,28 @@ class LateTransport(_Around):
         self._rank, self._reads_early = rank, reads_early
         self.ends: list[int] = []
 
-    def begin(self, moves: list[Move]) -> End:
+    def begin(self, moves: list[Move], label: Label, *, at_once: bool) -> End:
         results = [move.result(self._rank, self.buffers) for move in moves]
         places = [place for move, result in zip(moves, results, strict=True) for place in move.targets(result)]
         for place in places:
             place.fill_(torch.nan)
-        pieces = self._pieces(moves) if self._reads_early else None
+        pieces = self._pieces(moves, label) if self._reads_early else None
         number = len(self.ends)
         self.ends.append(0)
 
         @torch.no_grad()  # as in the autograd functions that begin: an end may be called by a destructor, in any mode
         def end() -> list[Tensor]:
             self.ends[number] += 1
-            for place, piece in zip(places, self._pieces(moves) if pieces is None else pieces, strict=True):
+            for place, piece in zip(places, self._pieces(moves, label) if pieces is None else pieces, strict=True):
                 place.copy_(piece)
             return results
 
         return end
 
-    def _pieces(self, moves: list[Move]) -> list[Tensor]:
+    def _pieces(self, moves: list[Move], label: Label) -> list[Tensor]:
         """What comes from each rank by each move, in memory of its own."""
         moves = [move._replace(into=None) for move in moves]
-        results = self.real.begin(moves)()
+        results = self.real.begin(moves, label, at_once=True)()
         return [piece for move, result in zip(moves, results, strict=True) for piece in move.targets(result)]
 
 
@@ -103,18 +100,27 @@ class LateMessages:
     def irecv(self, message: Tensor, **keywords: Any) -> _LateWork:
         arriving = torch.empty_like(message)
         work = self._late(dist.irecv(arriving, **keywords), lambda: message.copy_(arriving))
-        message.fill_(0xFF)
+        as_bytes(message).fill_(0xFF)
         return work
 
     def isend(self, message: Tensor, **keywords: Any) -> _LateWork:
         return self._late(dist.isend(message.clone(), **keywords), lambda: None)
 
-    def all_to_all(self, received: list[Tensor], sent: list[Tensor], *, group: dist.ProcessGroup, async_op: bool) -> _LateWork:
-        """Of sends and receives: Gloo's own takes equal sizes alone. Nobody but the caller keeps what is sent alive."""
-        assert async_op
-        own = group.rank()
-        own_part, messages = sent[own].clone(), [weakref.ref(message) for message in sent]
-        others = [rank for rank in range(group.size()) if rank != own]
+    def all_to_all(
+        self,
+        group: dist.ProcessGroup,
+        arriving: Tensor,
+        message: Tensor,
+        arriving_splits: list[int],
+        splits: list[int],
+        options: dist.AllToAllOptions,
+    ) -> _LateWork:
+        """Of sends and receives. Nobody but the caller keeps what is sent alive."""
+        own, ranks = group.rank(), group.size()
+        received = arriving.split(arriving_splits or [arriving.numel() // ranks] * ranks)
+        sent = message.split(splits or [message.numel() // ranks] * ranks)
+        own_part, kept = sent[own].clone(), weakref.ref(message)
+        others = [rank for rank in range(ranks) if rank != own]
         works = [self.irecv(received[rank], group=group, group_src=rank) for rank in others]
         works += [self.isend(sent[rank], group=group, group_dst=rank) for rank in others]
 
@@ -122,7 +128,7 @@ class LateMessages:
             for work in works:
                 work.wait()
             received[own].copy_(own_part)
-            self.freed += sum(message() is None for message in messages)
+            self.freed += kept() is None
 
         return _LateWork(then)
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 import megatron_dsp as dsp
 from megatron_dsp.models.embeddings import unpatchify
 from megatron_dsp.models.video_dit import VideoDiT, VideoDiTConfig
-from megatron_dsp.reshard.exchange import exchange_of
+from megatron_dsp.reshard import overlap_of
 from megatron_dsp.tensor import TensorParallel, own_shard, whole_shape
 
 CONFIG = VideoDiTConfig(layers=2, hidden=24, heads=2, conditioning_size=6, patch=(1, 2, 2))
@@ -257,7 +257,7 @@ def _run(cell: Cell, name: str, reference: tuple[list[float], list[float], dict[
                 errors.append(((parameter.detach() - own_shard(whole, like=parameter)).abs().max() / whole.abs().max()).item())
     assert (engine.train_batch_size(), engine.global_samples, engine.tput_timer.batch_size) == (BATCH, STEPS * BATCH, BATCH)
     if cell.overlap and cell.sequence > 1 and cell.pipe == 1:  # a stage of a pipeline may have no switch of its own
-        assert any("chunks" in decision for decision in exchange_of(group).overlap.decisions)
+        assert any("chunks" in decision for decision in overlap_of(group).decisions)
     if cell.zero:
         assert None not in norms
     engine.destroy()

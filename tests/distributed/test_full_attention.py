@@ -11,8 +11,7 @@ from test_sharded_video_dit import compare
 import megatron_dsp as dsp
 from megatron_dsp.models.block_runner import BlockRunner, plan_blocks
 from megatron_dsp.models.video_dit import VideoDiT, VideoDiTConfig
-from megatron_dsp.reshard import FixedOverlap
-from megatron_dsp.reshard.exchange import exchange_of
+from megatron_dsp.reshard import FixedOverlap, set_overlap
 from megatron_dsp.tensor import TensorParallel
 
 # Three heads: uneven over 2 and 4 ranks. The second and the fourth temporal block attend over everything.
@@ -23,7 +22,7 @@ def _compare(
     config: VideoDiTConfig, T: int, H: int, W: int, backend: str = "dsp", chunks: int = 1, recompute: bool = False
 ) -> None:
     group = dist.group.WORLD
-    exchange_of(group).overlap = FixedOverlap(chunks) if chunks > 1 else None
+    set_overlap(group, FixedOverlap(chunks) if chunks > 1 else None)
     moved, batch = compare(config, T, H, W, backend, recompute=recompute)
     inputs = BlockRunner(config, TensorParallel(), group, backend, recompute).plan_inputs(T, batch, H // 2 * W // 2)
     plan = plan_blocks(inputs, element_size=8)  # of fp64

@@ -10,13 +10,13 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_dsp.layout import Layout, shard_sizes
-from megatron_dsp.reshard import Region, Stage
-from megatron_dsp.reshard.exchange import exchange_of
+from megatron_dsp.reshard import Region, Stage, set_overlap
+from megatron_dsp.reshard.exchange import bytes_to_others, exchange_of
 from megatron_dsp.reshard.exposed import exposed_seconds
-from megatron_dsp.reshard.link import measure_link
-from megatron_dsp.reshard.measured_overlap import MeasuredOverlap
-from megatron_dsp.reshard.moves import Move
-from megatron_dsp.reshard.transports import End, TorchTransport
+from megatron_dsp.reshard.stages.link import measure_link
+from megatron_dsp.reshard.stages.measured_overlap import MeasuredOverlap
+from megatron_dsp.reshard.transport.move import End, Move
+from megatron_dsp.reshard.transport.torch_transport import TorchTransport
 
 SIZES = (8, 2, 8, 4096)
 SECONDS = 0.02  # of one stage's forward, and of its backward
@@ -30,9 +30,9 @@ class Network(TorchTransport):
         self.bandwidth, self.beside = bandwidth, beside
         self._free = 0.0
 
-    def begin(self, moves: list[Move]) -> End:
-        end = super().begin(moves)
-        seconds = sum(move.sent_to_others(self._rank) for move in moves) / self.bandwidth
+    def begin(self, moves: list[Move], label: Any, *, at_once: bool) -> End:
+        end = super().begin(moves, label, at_once=at_once)
+        seconds = bytes_to_others(moves, self._rank) / self.bandwidth
         self._free = arrives = max(self._free, time.perf_counter()) + seconds
 
         def finish() -> list[Tensor]:
@@ -74,7 +74,7 @@ def _choose(bandwidth: float, beside: bool) -> tuple[list[str], int]:
     group = dist.group.WORLD
     exchange = exchange_of(group)
     exchange.transport = Network(group, bandwidth, beside)
-    exchange.overlap = overlap = MeasuredOverlap(group)
+    set_overlap(group, overlap := MeasuredOverlap(group))
     passes = 0
     while not overlap.decisions and passes < 50:
         _pass(group)
@@ -122,7 +122,7 @@ def _measure() -> tuple[float, float, dict[str, float]]:
         region = Region(Layout(("t", "b", "s", "c"), SIZES, sharded="t"), group)
         region.run([Stage(lambda y: y * 2, "t", "first"), Stage(lambda y: y + 1, "s", "second")], torch.ones(rows, *SIZES[1:]))
 
-    return link.bandwidth, link.beside, exposed_seconds(step, exchange, torch.device("cpu"))
+    return link.bandwidth, link.beside, exposed_seconds(step, group, torch.device("cpu"))
 
 
 def test_what_is_measured_is_what_the_network_does(ranks):

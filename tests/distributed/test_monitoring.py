@@ -20,7 +20,7 @@ import megatron_dsp as dsp
 from megatron_dsp.models.embeddings import unpatchify
 from megatron_dsp.models.flops import forward_flops
 from megatron_dsp.models.video_dit import VideoDiT, VideoDiTConfig
-from megatron_dsp.reshard.trace import named
+from megatron_dsp.reshard.labels import StageName, profile_range
 from megatron_dsp.training import arguments as flags
 from megatron_dsp.training.checkpointing import Progress
 from megatron_dsp.training.log import TrainingLog
@@ -50,7 +50,7 @@ class Workload:
         return self.loss(model, samples)
 
     def micro_batch(self, samples: list[int], validation: bool) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-        with named("data"):
+        with profile_range("data"):
             time.sleep(0.01)
             generator = torch.Generator().manual_seed(samples[0])
             batch = len(samples)
@@ -227,11 +227,11 @@ def _slow_stages() -> dict[str, tuple[float, float]]:
     group = dsp.Mesh(sequence=2).group("sequence")
     timers = StageTimers(torch.device("cpu"))
     y = _Slow.apply(torch.ones(4, 2, 4, requires_grad=True), 0.4, 0.4)  # of no stage
-    with named("stage spatial 0"):
+    with profile_range("stage", StageName("spatial", 0)):
         y = _Slow.apply(y, 0.02, 0.04 * (1 + group.rank()))
     y = dsp.switch(y, gather=0, split=2, size=8, group=group, stage="temporal 0")
     for index in range(2):
-        with named(f"stage temporal {index}"):
+        with profile_range("stage", StageName("temporal", index)):
             y = _Slow.apply(y, 0.03, 0.05)
             y.detach()  # makes no node, and sees the number of the next one, which is not of this stage
     y = _Slow.apply(y, 0.4, 0.4)

@@ -31,24 +31,23 @@ from torch import nn
 import megatron_dsp as dsp
 from megatron_dsp.layout import Layout
 from megatron_dsp.models.video_dit import VideoDiT, VideoDiTConfig
-from megatron_dsp.reshard import FixedOverlap, Region, Stage
+from megatron_dsp.reshard import FixedOverlap, Region, Stage, set_overlap
 from megatron_dsp.reshard.agreement import Agreement
-from megatron_dsp.reshard.buffers import BufferPool
 from megatron_dsp.reshard.exchange import exchange_of
+from megatron_dsp.reshard.transport.buffers import BufferPool
 
 
 def _random_schedules(seeds: range) -> tuple[int, int]:
     """How many cases were cut, and how many chunks' computations there were beyond those of whole stages."""
     group = dist.group.WORLD
-    exchange = exchange_of(group)
     cut = more = 0
     for seed in seeds:
         case = Case.random(seed, group.size())
         torch.manual_seed(seed)
         parts = [Part(case, number) for number in range(len(case.chain))]
-        exchange.overlap = None
+        set_overlap(group, None)
         plain = run_case(case, parts, group)
-        exchange.overlap = FixedOverlap(case.chunks, along=case.along, shrink=case.shrink)
+        set_overlap(group, FixedOverlap(case.chunks, along=case.along, shrink=case.shrink))
         chunked = run_case(case, parts, group)
         compare(case, parts, chunked, plain)
         assert chunked.sent == plain.sent, case
@@ -102,11 +101,11 @@ def _inference(mode: str) -> None:
         group = dist.group.WORLD
         x = case.shard(case.tensors(2, 1, 1)[0], "time")
         expected = forward(case, parts, Region(case.layout("time"), group), [], x)
-        exchange_of(group).overlap = FixedOverlap(3, along=along)
+        set_overlap(group, FixedOverlap(3, along=along))
         seen: list[tuple[object, ...]] = []
         with getattr(torch, mode)():
             y = forward(case, parts, Region(case.layout("time"), group), seen, x)
-        exchange_of(group).overlap = None
+        set_overlap(group, None)
         assert len(seen) > len(parts)
         assert not y.requires_grad
         assert y.is_inference() == (mode == "inference_mode")
@@ -137,10 +136,10 @@ def _give_up_inference(case: Case, parts: list[Part], mode: str) -> None:
     interrupted = 2 if case.along == "time" else 1
     stages = [Interrupted(part, backward=False) if part.number == interrupted else part for part in parts]
     x = case.shard(case.tensors(2, 1, 1)[0], "time")
-    exchange_of(dist.group.WORLD).overlap = FixedOverlap(3, along=case.along)
+    set_overlap(dist.group.WORLD, FixedOverlap(3, along=case.along))
     with pytest.raises(InterruptionError), getattr(torch, mode)():
         forward(case, stages, Region(case.layout("time"), dist.group.WORLD), [], x)
-    exchange_of(dist.group.WORLD).overlap = None
+    set_overlap(dist.group.WORLD, None)
 
 
 @pytest.mark.parametrize(("size", "mode"), [(2, "no_grad"), (2, "inference_mode"), (2, "enable_grad"), (3, "enable_grad")])
@@ -177,11 +176,11 @@ def _peak(overlap: FixedOverlap | None, pooled: bool) -> float:
     pool = exchange.transport.buffers = BufferPool()
     if not pooled:
         pool._LEAST = x.nbytes * group.size()  # all memory is torch's, which the profiler sees
-    exchange.overlap = overlap
+    set_overlap(group, overlap)
     with torch.profiler.profile(profile_memory=True) as profile:
         region = Region(Layout(("time", "batch", "space", "channels"), (T, B, S, C), "time"), group)
         region.run(stages, x, independent="batch").backward(weight)
-    exchange.overlap = None
+    set_overlap(group, None)
     if pooled:
         return pool._most_leased / x.nbytes
     events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
@@ -219,7 +218,7 @@ def _train(zero: int, overlap: FixedOverlap | None) -> tuple[list[float], list[s
     }
     mesh = dsp.initialize(config)
     group = mesh.group("sequence")
-    exchange_of(group).overlap = overlap
+    set_overlap(group, overlap)
     torch.manual_seed(0)
     model = VideoDiT(ENGINE)
     with torch.no_grad():

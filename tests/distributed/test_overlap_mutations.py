@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from types import ModuleType
 from typing import NamedTuple
@@ -26,9 +26,11 @@ from overlap_cases import (
 from overlap_transports import LateMessages, LateTransport, RecordingTransport, mutated, unraisable
 from torch import Tensor, nn
 
-from megatron_dsp.reshard import FixedOverlap, Region, Stage, chunked, legs, transports
+from megatron_dsp.reshard import FixedOverlap, Region, Stage, set_overlap
 from megatron_dsp.reshard.exchange import exchange_of
-from megatron_dsp.reshard.route import find_all_to_all
+from megatron_dsp.reshard.stages import legs, region
+from megatron_dsp.reshard.transport import messages, torch_transport
+from megatron_dsp.reshard.transport.move import Transport
 
 
 def _late_values(reads_early: bool) -> list[str]:
@@ -73,16 +75,15 @@ def given_up() -> list[str]:
 def twice() -> list[str]:
     """What is wrong with gradients of a graph that is gone back through twice: the second may not lie in the first."""
     wrong = []
-    exchange = exchange_of(dist.group.WORLD)
     for along in ALONG:
         case, parts = small(along, kind="identity", chain=("space", "time", "space"), start="space", channels=(2,) * 4)
-        exchange.overlap = FixedOverlap(3, along=along)
+        set_overlap(dist.group.WORLD, FixedOverlap(3, along=along))
         x = torch.randn_like(case.shard(case.tensors(2, 1, 1)[0], "space")).requires_grad_()
         y = forward(case, parts, Region(case.layout("space"), dist.group.WORLD), [], x)
         first, second = (torch.autograd.grad(y, x, torch.full_like(y, n), retain_graph=True)[0] for n in (1.0, 2.0))
         if not ((first == 1).all() and (second == 2).all()):
             wrong.append(f"{along}: {first.unique()}, {second.unique()}")
-    exchange.overlap = None
+    set_overlap(dist.group.WORLD, None)
     return wrong
 
 
@@ -116,7 +117,7 @@ def orders() -> list[str]:
     for along, expected in ORDERS.items():
         log: list[str] = []
         exchange.transport = RecordingTransport(usual, log)
-        exchange.overlap = FixedOverlap(3, along=along)
+        set_overlap(dist.group.WORLD, FixedOverlap(3, along=along))
         counts: Counter[str] = Counter()
 
         def compute(linear: nn.Linear, name: str, x: Tensor, counts: Counter[str] = counts, log: list[str] = log) -> Tensor:
@@ -136,27 +137,38 @@ def orders() -> list[str]:
         y.sum().backward()
         actual = [" ".join(part) for part in (log[:forward], log[forward:])]
         wrong += [f"{along}: {a}, not {e}" for a, e in zip(actual, expected, strict=True) if a.split() != e.split()]
-    exchange.transport, exchange.overlap = usual, None
+    exchange.transport = usual
+    set_overlap(dist.group.WORLD, None)
     return wrong
 
 
-def late_messages(module: ModuleType, *, all_to_all: bool = False) -> list[str]:
-    """What is wrong with switches of the transport in ``module``, where no message arrives before it is waited for."""
-    messages = module.dist = LateMessages()
-    transport = module.TorchTransport(dist.group.WORLD)
-    if all_to_all:
-        transport._find_route = find_all_to_all
+def late_messages(mutant: ModuleType) -> list[str]:
+    """What is wrong with switches made of messages, as in ``mutant``, where none arrives before it is waited for."""
+    mutant.dist = late = LateMessages()
+    return _late(torch_transport.TorchTransport(dist.group.WORLD), late)
+
+
+def late_all_to_all(mutant: ModuleType) -> list[str]:
+    """The same for switches as an all-to-all."""
+    late = LateMessages()
+    mutant._all_to_all = late.all_to_all
+    transport = mutant.TorchTransport(dist.group.WORLD)
+    transport._find_route = lambda moves: mutant.AllToAll(moves, dist.get_rank())
+    return _late(transport, late)
+
+
+def _late(transport: Transport, late: LateMessages) -> list[str]:
     wrong = []
-    for along in ALONG:
-        case, parts = small(along)
+    for along in (None, *ALONG):  # None: whole stages
+        case, parts = small(along or "sharded", chunks=3 if along else 1)
         plain = run_case(case, parts, dist.group.WORLD)
         try:
             compare(case, parts, run_chunked(case, parts, transport), plain)
         except Exception as error:
             wrong.append(f"{along}: {error!r}")
-        messages.settle()
-    if messages.unwaited or messages.freed:
-        wrong.append(f"{messages.unwaited} messages nobody waited for, {messages.freed} freed before")
+        late.settle()
+    if late.unwaited or late.freed:
+        wrong.append(f"{late.unwaited} messages nobody waited for, {late.freed} freed before")
     return wrong
 
 
@@ -179,8 +191,8 @@ WAIT_FOR_GRADIENTS = """        for leg in ctx.legs:
 """
 GIVEN_UP = "        with torch.inference_mode():  # it may write to tensors of that mode, and to all others\n"
 RECEIVE = """                work.wait()
-                if message is not piece:
-                    piece.copy_(message)
+                if message is not place:
+                    place.copy_(message)
 """
 SENT = """            for work, _ in sends:
                 work.wait()
@@ -273,7 +285,7 @@ MUTATIONS = {
         "A second pass back through a graph writes into the gradients that the first one gave.",
     ),
     "half of the chunks of a tensor are ended": Mutation(
-        chunked,
+        region,
         "legs.end(ways, done)",
         "legs.end(ways[:1], done[:1])",
         VALUES,
@@ -281,8 +293,8 @@ MUTATIONS = {
     ),
     "a switch ends as it begins": Mutation(
         legs,
-        "self._stage, operation, beside=True)\n",
-        "self._stage, operation, beside=True)\n        self.wait()\n",
+        "label, sent, beside=beside)\n",
+        "label, sent, beside=beside)\n        self.wait()\n",
         ("orders",),
         "Values are right, but nothing travels beside compute.",
     ),
@@ -294,72 +306,85 @@ MUTATIONS = {
         "Values are right, but the first chunk that backward needs is the last to travel.",
     ),
     "all slices are ended before the first computes": Mutation(
-        chunked,
-        "arriving = (region.complete(legs.end([way], [token])) for way, token in zip(ways, done, strict=True))",
-        "arriving = [region.complete(legs.end([way], [token])) for way, token in zip(ways, done, strict=True)]",
+        region,
+        "arriving = (self.complete(legs.end([way], [token])) for way, token in zip(ways, done, strict=True))",
+        "arriving = iter([self.complete(legs.end([way], [token])) for way, token in zip(ways, done, strict=True)])",
         ("orders",),
         "Values are right, but slices are waited for long before they are needed.",
     ),
-    "transport: the end does not wait": Mutation(
-        transports,
-        "            wait()\n            return results\n",
-        "            return results\n",
-        ("late_messages",),
-        "Results are given before the messages that they consist of have come.",
-    ),
     "transport: no wait for receives": Mutation(
-        transports,
+        messages,
         RECEIVE,
         RECEIVE.replace("                work.wait()\n", ""),
         ("late_messages",),
         "A message is unpacked before it has come.",
     ),
     "transport: received messages stay packed": Mutation(
-        transports,
+        messages,
         RECEIVE,
         "                work.wait()\n",
         ("late_messages",),
         "What came into staging memory is not brought to its place.",
     ),
     "transport: no wait for sends": Mutation(
-        transports,
+        messages,
         SENT,
         "            pass\n",
         ("late_messages",),
         "Sources and messages can be freed or changed while they are being sent.",
     ),
     "all-to-all: no wait": Mutation(
-        transports,
-        "            work.wait()\n            sent.clear()",
-        "            sent.clear()",
+        torch_transport,
+        "            work.wait()\n            kept.clear()",
+        "            kept.clear()",
         ("late_all_to_all",),
         "Messages are unpacked before the collective has written them.",
     ),
     "all-to-all: messages are not kept": Mutation(
-        transports,
-        "            sent.clear()  # kept until now: on CUDA the collective runs on another stream\n",
+        torch_transport,
+        "            kept.clear()\n",
         "",
         ("late_all_to_all",),
         "Packed messages are freed while the collective reads them.",
     ),
+    "all-to-all, whole: no wait": Mutation(
+        torch_transport,
+        "                work.wait()\n            self._unpack(arriving, results)\n            return lambda",
+        "                pass\n            self._unpack(arriving, results)\n            return lambda",
+        ("late_all_to_all",),
+        "A backend that does not wait by itself writes while messages are unpacked.",
+    ),
+    "all-to-all: what has come is not unpacked": Mutation(
+        torch_transport,
+        "            kept.clear()\n            self._unpack(arriving, results)\n",
+        "            kept.clear()\n",
+        ("late_all_to_all",),
+        "What came into staging memory is not brought to its place.",
+    ),
 }
-CHECKS = {check.__name__: check for check in (late_values, late_values_read_early, given_up, twice, orders)}
+LATE = {check.__name__: check for check in (late_messages, late_all_to_all)}
+CHECKS: dict[str, Callable[..., list[str]]] = {
+    **{check.__name__: check for check in (late_values, late_values_read_early, given_up, twice, orders)},
+    **LATE,
+}
 
 
 def _check(names: Sequence[str], mutation: str | None) -> list[list[str]]:
     """What each of these checks finds wrong, in the package as it is or as it is mutated."""
-    module, old, new = (transports, "", "") if mutation is None else MUTATIONS[mutation][:3]
     found = []
     for name in names:
+        needed = {"late_messages": messages, "late_all_to_all": torch_transport}.get(name, legs)
+        module, old, new = (needed, "", "") if mutation is None else MUTATIONS[mutation][:3]
         with mutated(module, old, new) as mutant, unraisable() as errors:
-            wrong = CHECKS[name]() if name in CHECKS else late_messages(mutant, all_to_all=name == "late_all_to_all")
+            check = CHECKS[name]
+            wrong = check(mutant) if name in LATE else check()
         found.append(wrong + errors)
     return found
 
 
 @pytest.mark.parametrize("size", [2, pytest.param(3, marks=pytest.mark.long)])
 def test_nothing_is_wrong_where_nothing_is_early(ranks, size):
-    checks = [*CHECKS, "late_messages", "late_all_to_all"]
+    checks = list(CHECKS)
     if size != 2:
         checks.remove("orders")  # they are written down for two ranks
     for found in ranks(size, _check, checks, None):
@@ -378,10 +403,10 @@ def test_mutations_are_found(ranks, mutation):
 
 def test_every_wait_has_a_mutation():
     """Those of `side_stream` are in tests/gpu."""
-    for module in (legs, transports):
+    for module, least in ((legs, 3), (messages, 2), (torch_transport, 2)):
         source = inspect.getsource(module)
         waits = [match.end() - 1 for match in re.finditer(r"^ +(\w+\.)?(wait|end)\(\)$", source, re.MULTILINE)]
-        assert len(waits) >= 4
+        assert len(waits) >= least
         mutated_parts = [
             range(source.index(old), source.index(old) + len(old)) for of, old, *_ in MUTATIONS.values() if of is module
         ]

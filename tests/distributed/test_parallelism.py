@@ -93,7 +93,7 @@ def _identity(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
 
 def _own_slice(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
     dim, group, _ = ctx.reverse
-    exchange = mappings.operators.exchange_named(group)
+    exchange = mappings.collectives.exchange_named(group)
     return gradient.narrow(dim, *_start_and_length(gradient.shape[dim], exchange.size, exchange.rank)).contiguous()
 
 
@@ -103,17 +103,19 @@ def _start_and_length(size: int, ranks: int, rank: int) -> tuple[int, int]:
 
 
 def _summed(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
-    return mappings._Reduce.apply(gradient, *ctx.where, "wrong")
+    return mappings._Reduce.apply(gradient, *ctx.where, "tensor all-reduce")
 
 
 def _slice_summed(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
     dim, group, ranks, rank, stage = ctx.reverse
-    return mappings._Scatter.apply(mappings._Reduce.apply(gradient, group, stage, "wrong"), dim, group, ranks, rank, stage)
+    return mappings._Scatter.apply(
+        mappings._Reduce.apply(gradient, group, stage, "tensor all-reduce"), dim, group, ranks, rank, stage
+    )
 
 
 def _others_zero(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
     dim, size, group, *_ = ctx.reverse
-    exchange = mappings.operators.exchange_named(group)
+    exchange = mappings.collectives.exchange_named(group)
     ranks, rank = exchange.size, exchange.rank
     whole = gradient.new_zeros([size if index == dim else own for index, own in enumerate(gradient.shape)])
     whole.narrow(dim, *_start_and_length(size, ranks, rank)).copy_(gradient)

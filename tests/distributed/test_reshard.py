@@ -14,10 +14,11 @@ from overlap_transports import LateMessages
 from torch import Tensor, nn
 
 import megatron_dsp as dsp
-from megatron_dsp.reshard import transports
+from megatron_dsp.layout import RankRanges
 from megatron_dsp.reshard.exchange import exchange_of
-from megatron_dsp.reshard.moves import Move
-from megatron_dsp.reshard.route import find_all_to_all
+from megatron_dsp.reshard.labels import Label
+from megatron_dsp.reshard.transport import torch_transport
+from megatron_dsp.reshard.transport.move import Move
 
 DTYPES = [
     torch.float32,
@@ -71,17 +72,17 @@ def _bits(x: Tensor) -> Tensor:
 @contextmanager
 def travelling(how: str | int, group: dist.ProcessGroup) -> Iterator[None]:
     """In the block, switches over ``group`` travel so."""
-    transport = exchange_of(group).transport
+    transport, usual = exchange_of(group).transport, torch_transport._all_to_all
     if isinstance(how, int):
         transport._LEAST_RUN = how
     else:
-        # As CUDA tensors do. Gloo's all-to-all of lists takes equal sizes alone: this one is made of sends and receives.
-        transport._find_route = find_all_to_all
-        transports.dist = LateMessages()
+        # As CUDA tensors do. Gloo is slow to find its peers for each all-to-all: this one is made of sends and receives.
+        transport._find_route = lambda moves: torch_transport.AllToAll(moves, group.rank())
+        torch_transport._all_to_all = LateMessages().all_to_all
     try:
         yield
     finally:
-        transports.dist = dist
+        torch_transport._all_to_all = usual
 
 
 def _move(shape, gather, split, dtype, storage, seed, how):
@@ -174,15 +175,15 @@ def _chunks_into(how: str | int) -> None:
     """Chunks of one shape that arrive in tensors of several sizes: what is kept of a switch by shape knows them apart."""
     group = dist.group.WORLD
     rank = group.rank()
-    gathered, split = ((0, 2), (4, 6)), ((0, 3), (3, 6))
+    gathered, split = RankRanges(((0, 2), (4, 6))), RankRanges(((0, 3), (3, 6)))
     with travelling(how, group):
         transport = exchange_of(group).transport
         for size in (8, 7, 8):
             chunks = [torch.randn(5, 2, 6, generator=torch.Generator().manual_seed(size + from_)) for from_ in range(2)]
             into = torch.full((5, size, 3), torch.nan)
-            transport.begin([Move(chunks[rank], 1, 2, gathered, split, into)])()
-            for chunk, place in zip(chunks, gathered, strict=True):
-                assert torch.equal(into[:, slice(*place)], chunk[:, :, slice(*split[rank])])
+            transport.begin([Move(chunks[rank], 1, 2, gathered, split, into)], Label("switch"), at_once=False)()
+            for chunk, place in zip(chunks, gathered.parts, strict=True):
+                assert torch.equal(into[:, slice(*place)], chunk[:, :, slice(*split.parts[rank])])
             assert into.isnan().sum() == 5 * (size - 4) * 3
 
 

@@ -8,8 +8,7 @@ import torch.distributed as dist
 
 import megatron_dsp as dsp
 from megatron_dsp.models.video_dit import VideoDiT, VideoDiTConfig
-from megatron_dsp.reshard import FixedOverlap
-from megatron_dsp.reshard.exchange import exchange_of
+from megatron_dsp.reshard import FixedOverlap, set_overlap
 
 LAYERS = 2
 
@@ -55,7 +54,7 @@ def compare(
 
 def _compare(T: int, H: int, W: int, patch: tuple[int, int, int], backend: str, overlap: FixedOverlap | None = None) -> None:
     group = dist.group.WORLD
-    exchange_of(group).overlap = overlap
+    set_overlap(group, overlap)
     rank, size, tokens = group.rank(), group.size(), -(-T // patch[0])
     start, stop = dsp.shard_range(tokens, size, rank)
     config = VideoDiTConfig(layers=LAYERS, hidden=16, heads=2, conditioning_size=6, patch=patch)

@@ -10,8 +10,7 @@ import torch.distributed as dist
 
 import megatron_dsp as dsp
 from megatron_dsp.models.video_dit import VideoDiT, VideoDiTConfig
-from megatron_dsp.reshard import FixedOverlap
-from megatron_dsp.reshard.exchange import exchange_of
+from megatron_dsp.reshard import FixedOverlap, set_overlap
 from megatron_dsp.tensor import TensorParallel, own_shard, whole_shape
 
 CONFIG = VideoDiTConfig(layers=2, hidden=24, heads=6, conditioning_size=6, patch=(1, 2, 2))
@@ -31,7 +30,7 @@ def _with_noise(model: VideoDiT) -> VideoDiT:
 def _compare(tensor: int, sequence: int, T: int, H: int, sequence_dim: int | None, recompute: bool, backend: str, chunks: int):
     mesh = dsp.Mesh(tensor=tensor, sequence=sequence)
     group = mesh.group("sequence")
-    exchange_of(group).overlap = FixedOverlap(chunks, along="sharded") if chunks > 1 else None
+    set_overlap(group, FixedOverlap(chunks, along="sharded") if chunks > 1 else None)
     torch.manual_seed(0)
     reference = _with_noise(VideoDiT(CONFIG).double())
     torch.manual_seed(0)

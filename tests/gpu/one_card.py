@@ -20,10 +20,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_dsp.reshard import side_stream, transports
-from megatron_dsp.reshard.buffers import BufferPool
-from megatron_dsp.reshard.moves import Move
-from megatron_dsp.reshard.side_stream import SideStream
-from megatron_dsp.reshard.transports import End, TorchTransport
+from megatron_dsp.reshard.transport.buffers import BufferPool
+from megatron_dsp.reshard.transport.move import End, Move
+from megatron_dsp.reshard.transport.side_stream import SideStream
+from megatron_dsp.reshard.transport.torch_transport import TorchTransport
 
 
 class Copies:

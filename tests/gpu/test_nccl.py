@@ -13,8 +13,7 @@ from work import CHAIN, compare_stages, compare_video, missing
 import megatron_dsp as dsp
 from megatron_dsp.layout import Layout
 from megatron_dsp.models.block_runner import DIMS
-from megatron_dsp.reshard import FixedOverlap, Region, Stage
-from megatron_dsp.reshard.exchange import exchange_of
+from megatron_dsp.reshard import FixedOverlap, Region, Stage, set_overlap
 
 MISSING = missing(2)
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(MISSING is not None, reason=MISSING or "")]
@@ -101,9 +100,9 @@ def _chunks_of_bits(name: str) -> None:
         x = whole.tensor_split(group.size(), 0)[group.rank()].contiguous()
         return region.run([Stage(torch.clone, sharded) for sharded in CHAIN], x, independent="batch")
 
-    exchange_of(group).overlap = None
+    set_overlap(group, None)
     plain = run()
-    exchange_of(group).overlap = _overlap(name)
+    set_overlap(group, _overlap(name))
     with dsp.ledger() as moved:
         chunked = run()
     assert moved.calls > len(CHAIN) - 1

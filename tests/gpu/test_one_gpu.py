@@ -41,9 +41,9 @@ from megatron_dsp.models.block_runner import DIMS
 from megatron_dsp.models.embeddings import time_rotations
 from megatron_dsp.reshard import FixedOverlap, Region, Stage, transports
 from megatron_dsp.reshard.exchange import Exchange, exchange_of
-from megatron_dsp.reshard.legs import Landing, Leg
-from megatron_dsp.reshard.moves import Move
-from megatron_dsp.reshard.side_stream import SideStream
+from megatron_dsp.reshard.stages.legs import Landing, Leg
+from megatron_dsp.reshard.transport.move import Move
+from megatron_dsp.reshard.transport.side_stream import SideStream
 from megatron_dsp.tensor import TensorParallel
 
 MISSING = missing(1)

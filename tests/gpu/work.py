@@ -12,8 +12,7 @@ from torch import Tensor, nn
 from megatron_dsp.layout import Layout, shard_range
 from megatron_dsp.models.block_runner import DIMS
 from megatron_dsp.models.video_dit import VideoDiT, VideoDiTConfig
-from megatron_dsp.reshard import FixedOverlap, Region, Stage
-from megatron_dsp.reshard.exchange import exchange_of
+from megatron_dsp.reshard import FixedOverlap, Region, Stage, set_overlap
 
 CHAIN = ("time", "space", "time", "space")  # the sharded dim of each stage
 
@@ -122,7 +121,7 @@ def compare_stages(group: dist.ProcessGroup, device: torch.device, overlap: Fixe
         return Result(y.detach(), gradient_of(x), [gradient_of(parameter) for parameter in parameters])
 
     single = run(None)
-    exchange_of(group).overlap = overlap
+    set_overlap(group, overlap)
     for part in parts:
         part.forward_cycles = part.backward_cycles = cycles
     ours = run(group)
@@ -135,7 +134,7 @@ def compare_stages(group: dist.ProcessGroup, device: torch.device, overlap: Fixe
 
 def compare_video(group: dist.ProcessGroup, device: torch.device, overlap: FixedOverlap | None) -> None:
     """The video transformer over ``group`` against one process, in fp32, with shards of different sizes."""
-    exchange_of(group).overlap = overlap
+    set_overlap(group, overlap)
     T, B, H, W = 2 * group.size() + 1, 3, 6, 10
     torch.manual_seed(0)
     model = VideoDiT(VideoDiTConfig(layers=2, hidden=32, heads=4, conditioning_size=6))

@@ -5,7 +5,7 @@ import threading
 import pytest
 import torch
 
-from megatron_dsp.reshard.buffers import BufferPool
+from megatron_dsp.reshard.transport.buffers import BufferPool
 
 LIKE = torch.float32, torch.device("cpu")
 N = 1 << 19  # float32: 2 MiB, more than the least that is pooled

@@ -15,6 +15,7 @@ from megatron_dsp import UsageError, shard_sizes
 from megatron_dsp import config as configs
 from megatron_dsp.mesh import AXES, Mesh, RankGrid
 from megatron_dsp.models.video_dit import PRESETS, VideoDiTConfig, parameter_count
+from megatron_dsp.reshard.labels import Operation
 from megatron_dsp.training import dry_run
 from megatron_dsp.training.deepspeed_costs import DeepSpeedCosts
 from megatron_dsp.training.dry_run import Job, rank_costs
@@ -73,7 +74,7 @@ def test_512_ranks_hold_uneven_shards_of_everything():
     job = _job(512)
     ranks = job.grid.group_of(0, "sequence")
     costs = [rank_costs(job, rank) for rank in ranks]
-    switches = [call for call in costs[0].collectives if call.operation.startswith("switch")]
+    switches = [call for call in costs[0].collectives if Operation(call.label.operation).is_switch]
     # Each tensor rank switches its channels of all frames and tokens.
     assert {call.shapes for call in switches} == {((6, 1, 15, 8),)}
     assert {call.dims for call in switches} == {(0, 2), (2, 0)}

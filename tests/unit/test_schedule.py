@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_dsp.layout import shard_ranges
-from megatron_dsp.reshard.schedule import SHARDED, Schedule, chunk_ranges, chunk_sizes
+from megatron_dsp.layout import RankRanges, shard_ranges
+from megatron_dsp.reshard.stages.schedule import SHARDED, Schedule, chunk_ranges, chunk_sizes
 
 SIZES_AND_CHUNKS = st.integers(1, 2000).flatmap(lambda size: st.tuples(st.just(size), st.integers(1, min(size, 64))))
 SHRINKS = st.floats(0.01, 2.0)
@@ -61,7 +61,7 @@ def test_numbers_of_chunks_that_a_size_does_not_have_are_refused(size, chunks):
     with pytest.raises(ValueError, match=rf"size={size} into chunks={chunks}: there must be 1 to {max(size, 1)}"):
         chunk_sizes(size, chunks)
     with pytest.raises(ValueError, match="cannot cut"):
-        chunk_ranges([(0, 9), (9, 9 + size)], chunks)
+        chunk_ranges(RankRanges(((0, 9), (9, 9 + size))), chunks)
 
 
 @given(st.integers(1, 8), st.integers(1, 200), st.integers(1, 9), SHRINKS)
@@ -70,8 +70,8 @@ def test_chunks_of_all_ranks_cover_their_shards_in_order(ranks, size, chunks, sh
     chunks = max(1, min(chunks, size // ranks))
     of_chunks = chunk_ranges(shards, chunks, shrink)
     assert len(of_chunks) == chunks
-    for rank, (start, stop) in enumerate(shards):
-        of_rank = [ranges[rank] for ranges in of_chunks]
+    for rank, (start, stop) in enumerate(shards.parts):
+        of_rank = [ranges.parts[rank] for ranges in of_chunks]
         assert [b - a for a, b in of_rank] == chunk_sizes(stop - start, chunks, shrink)
         assert [index for a, b in of_rank for index in range(a, b)] == list(range(start, stop))
 

@@ -48,7 +48,8 @@ class BufferPool:
         block = self._take(size)
         lease = block.view(_Lease)
         lease.block, lease.returned = block, self._returned
-        return torch.frombuffer(lease, dtype=dtype).view(tuple(shape))
+        # Not by a view: autograd lets nobody write to a view that a function of its own returns.
+        return torch.frombuffer(lease, dtype=dtype).resize_(tuple(shape))
 
     def _take(self, size: int) -> np.ndarray:
         while self._returned:

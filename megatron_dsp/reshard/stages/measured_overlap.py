@@ -8,18 +8,15 @@ import statistics
 import time
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_dsp.reshard.link import Link, measure_link
-from megatron_dsp.reshard.overlap import cut
-from megatron_dsp.reshard.schedule import SHARDED, Schedule, chunk_sizes
-
-if TYPE_CHECKING:
-    from megatron_dsp.reshard.region import Region, Stage
+from megatron_dsp.layout import Layout
+from megatron_dsp.reshard.stages.link import Link, measure_link
+from megatron_dsp.reshard.stages.overlap import schedule_of
+from megatron_dsp.reshard.stages.schedule import SHARDED, Schedule, chunk_sizes
 
 _PLAIN = Schedule()
 
@@ -61,26 +58,35 @@ class MeasuredOverlap:
         """What was decided and why, in the order of shapes."""
         return [str(trial.decision) for trial in self._trials.values() if trial.decision is not None]
 
-    def enter(self, region: Region, stages: Sequence[Stage], x: Tensor, independent: str | None) -> tuple[Schedule, Tensor]:
+    def choose(
+        self, layout: Layout, group: dist.ProcessGroup, sharded: Sequence[str], x: Tensor, independent: str | None
+    ) -> Schedule:
         """The schedule of this pass. Collective over ``agree`` when a decision is due."""
-        sharded = tuple(stage.sharded for stage in stages)
-        trial = self._trials.setdefault((region.layout.dims, region.layout.sizes, sharded, x.dtype, x.device), _Trial())
+        trial = self._trials.setdefault((layout.dims, layout.sizes, tuple(sharded), x.dtype, x.device), _Trial())
         if trial.decision is None and torch._C._current_graph_task_id() != -1:
-            return trial.current, x  # recomputed in backward, as it was in forward
+            return trial.current  # recomputed in backward, as it was in forward
         if trial.decision is None and not (torch.is_grad_enabled() and x.requires_grad):
-            return _PLAIN, x
+            return _PLAIN
         if trial.decision is None:
-            self._proceed(trial, region, sharded, x, independent)
+            self._proceed(trial, layout, group, sharded, x, independent)
         if trial.decision is not None:
-            return trial.decision, x
+            return trial.decision
         turn = 0 if trial.passes < self._WARM_UP else (trial.passes - self._WARM_UP) % len(trial.candidates)
         trial.passes += 1
         trial.current = trial.candidates[turn]
         if trial.passes > self._WARM_UP:
             _time(x, trial.seconds[turn])
-        return trial.current, x
+        return trial.current
 
-    def _proceed(self, trial: _Trial, region: Region, sharded: Sequence[str], x: Tensor, independent: str | None) -> None:
+    def _proceed(
+        self,
+        trial: _Trial,
+        layout: Layout,
+        group: dist.ProcessGroup,
+        sharded: Sequence[str],
+        x: Tensor,
+        independent: str | None,
+    ) -> None:
         """Find candidates, or decide, where enough passes were made for it: their number is the same on all ranks."""
         if trial.passes < self._WARM_UP + self._ROUNDS * len(trial.candidates):
             return
@@ -95,22 +101,26 @@ class MeasuredOverlap:
             measured = ", ".join(f"{s} {m * 1000:.1f} ms" for s, m in zip(trial.candidates, medians, strict=True))
             trial.decision = replace(trial.candidates[fastest], reason=f"measured passes of {measured}")
             return
-        likely, reason = self._candidates(region, sharded, x, independent, medians[0])
+        likely, reason = self._candidates(layout, group, sharded, x, independent, medians[0])
         if likely:
             trial.candidates, trial.seconds, trial.passes = [_PLAIN, *likely], [[] for _ in range(1 + len(likely))], 0
         else:
             trial.decision = replace(_PLAIN, reason=reason)
 
     def _candidates(
-        self, region: Region, sharded: Sequence[str], x: Tensor, independent: str | None, plain: float
+        self,
+        layout: Layout,
+        group: dist.ProcessGroup,
+        sharded: Sequence[str],
+        x: Tensor,
+        independent: str | None,
+        plain: float,
     ) -> tuple[list[Schedule], str]:
         """The schedules that promise most, if they promise anything; else why they don't."""
-        group = region.group
-        assert group is not None
         if self._link is None:
             self._link = measure_link(group, x.device, agree=self._agree)
         link, ranks = self._link, group.size()
-        shard = math.prod(region.layout.sizes) * x.element_size() // ranks  # not x's, which differs between ranks
+        shard = math.prod(layout.sizes) * x.element_size() // ranks  # not x's, which differs between ranks
         switch = link.seconds(shard * (ranks - 1) // ranks)
         switches = sum(now != then for now, then in itertools.pairwise(sharded))
         share = f"switches are about {2 * switches * switch / plain:.0%} of a pass of {plain * 1000:.1f} ms; {link}"
@@ -121,7 +131,7 @@ class MeasuredOverlap:
         for along in dict.fromkeys([SHARDED, *sharded, *([independent] if independent else [])]):
             for chunks in (2, 4, 8):
                 for shrink in (1.0, 0.5):
-                    schedule = cut(region.layout, sharded, ranks, along, independent, chunks, shrink)
+                    schedule = schedule_of(layout, sharded, ranks, along, independent, chunks, shrink)
                     gain = 2 * switches * switch - _exposed(schedule, sharded, compute, switch - link.latency, link.latency)
                     if not schedule.plain and gain > max(self.LEAST_GAIN * plain, promising.get(along, (0.0,))[0]):
                         promising[along] = gain, schedule

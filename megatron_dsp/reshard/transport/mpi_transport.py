@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import itertools
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -17,10 +17,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_dsp.errors import UsageError
-from megatron_dsp.reshard.buffers import BufferPool
-from megatron_dsp.reshard.moves import Move
-from megatron_dsp.reshard.route import Kept
-from megatron_dsp.reshard.transports import End
+from megatron_dsp.reshard.labels import Label
+from megatron_dsp.reshard.transport.buffers import BufferPool
+from megatron_dsp.reshard.transport.messages import runs
+from megatron_dsp.reshard.transport.move import End, Move
 
 
 class MpiTransport:
@@ -55,25 +55,20 @@ class MpiTransport:
         self._comm = world.Create_group(members)
         self._rank, self._size = self._comm.rank, self._comm.size
         self.buffers = BufferPool()
-        self._routes: Kept[tuple[list[_Message], list[_Message]]] = Kept(self._MOST_ROUTES, drop=_free)
+        self._routes: dict[Hashable, tuple[list[_Message], list[_Message]]] = {}
         self._cuda_aware = _is_cuda_aware(MPI.__file__)
         self._word = {1: MPI.UINT8_T, 2: MPI.UINT16_T, 4: MPI.UINT32_T, 8: MPI.UINT64_T, 16: MPI.C_DOUBLE_COMPLEX}
 
-    def check(self, x: Tensor) -> None:
-        if x.device.type != "cpu" and not (x.is_cuda and self._cuda_aware):
-            library = self._mpi.Get_library_version().splitlines()[0].strip("\0 ")
-            raise UsageError(
-                f'transport "mpi" cannot move a tensor on {x.device}: {library} is not CUDA-aware; use '
-                'transport "torch", or an MPI that was built for CUDA'
-            )
-
-    def begin(self, moves: list[Move]) -> End:
+    def begin(self, moves: Sequence[Move], label: Label, *, at_once: bool) -> End:
         moves = [move._replace(x=move.x.contiguous()) for move in moves]
         results = [move.result(self._rank, self.buffers) for move in moves]
         for device in {move.x.device for move in moves if move.x.is_cuda}:
             torch.cuda.current_stream(device).synchronize()  # MPI knows no streams: what it reads and writes must be idle
-        geometry = tuple(move.geometry(result) for move, result in zip(moves, results, strict=True))
-        sends, receives = self._routes.get(geometry, lambda: self._find_messages(moves, results))
+        key = tuple((x.shape, x.dtype, x.device, *where, y.shape) for (x, *where, _), y in zip(moves, results, strict=True))
+        route = self._routes.get(key)
+        if route is None:
+            route = self._routes[key] = self._find_messages(moves, results)
+        sends, receives = route
         sources = [move.x.data_ptr() for move in moves]
         targets = [result.data_ptr() for result in results]
         memory, comm = self._mpi.buffer.fromaddress, self._comm
@@ -96,6 +91,11 @@ class MpiTransport:
 
     def _find_messages(self, moves: list[Move], results: list[Tensor]) -> tuple[list[_Message], list[_Message]]:
         """Those that this rank sends, and those that it receives; the nearest rank first, in each direction."""
+        self._refuse(moves[0].x.device)
+        if len(self._routes) >= self._MOST_ROUTES:
+            for route in self._routes.values():
+                _free(route)
+            self._routes.clear()
         sends: list[_Message] = []
         receives: list[_Message] = []
         sources = [move.sources() for move in moves]
@@ -107,14 +107,22 @@ class MpiTransport:
                 receives += self._messages(before, index, move, results[index], targets[index][before])
         return sends, receives
 
+    def _refuse(self, device: torch.device) -> None:
+        if device.type != "cpu" and not (device.type == "cuda" and self._cuda_aware):
+            library = self._mpi.Get_library_version().splitlines()[0].strip("\0 ")
+            raise UsageError(
+                f'transport "mpi" cannot move a tensor on {device}: {library} is not CUDA-aware; use '
+                'transport "torch", or an MPI that was built for CUDA'
+            )
+
     def _messages(self, peer: int, index: int, move: Move, tensor: Tensor, piece: Tensor) -> Iterator[_Message]:
         """Those of one piece of ``tensor``."""
         width, first = tensor.element_size(), tensor.storage_offset()
         if not piece.numel():
             return
-        if move.run(piece) >= self._LEAST_RUN:
-            size = move.run(piece)
-            for run in move.runs(piece):
+        if move.run_bytes(piece) >= self._LEAST_RUN:
+            size = move.run_bytes(piece)
+            for run in runs(move, piece):
                 yield _Message(peer, index, int(run.storage_offset() - first) * width, size, size, self._mpi.BYTE)
         else:
             start = piece.storage_offset() - first

@@ -2,34 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import NamedTuple, Protocol
+from itertools import groupby
+from typing import Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from megatron_dsp.layout import Layout, shard_range
-from megatron_dsp.reshard import chunked, primitives
+from megatron_dsp.reshard import primitives
 from megatron_dsp.reshard.exchange import exchange_of
-from megatron_dsp.reshard.trace import named
-
-
-class Stage(NamedTuple):
-    """A part of a model that runs with one dim sharded, which it does not mix.
-
-    ``compute`` gets the activation, or a chunk of it along a dim that it does not mix, and returns it in the same sizes, those
-    of the last dim aside. Side inputs it takes from `Region.local`, which knows of the chunk.
-
-    A stage that ``mixes_sharded`` attends over the dim that is sharded, with collectives of its own (`embedded`): it and the
-    stages around it run whole.
-    """
-
-    compute: Callable[[Tensor], Tensor]
-    sharded: str
-    name: str = ""
-    mixes_sharded: bool = False
+from megatron_dsp.reshard.labels import StageName, profile_range
+from megatron_dsp.reshard.stages import chunks, legs
+from megatron_dsp.reshard.stages.overlap import overlap_of
+from megatron_dsp.reshard.stages.schedule import Schedule
+from megatron_dsp.reshard.stages.stage import Stage
 
 
 class Sharing(Protocol):
@@ -60,28 +49,57 @@ class Region:
     def run(self, stages: Sequence[Stage], x: Tensor, *, independent: str | None = None) -> Tensor:
         """Run ``stages`` on ``x`` in turn, each with its dim sharded; the result has the last one's sharded.
 
-        With an overlap on the group's exchange, stages run in chunks, whose switches travel while the next chunks compute.
+        With an overlap for the group, stages run in chunks, whose switches travel while the next chunks compute.
         ``independent`` names a dim that no stage mixes, as the batch's.
         """
         if stages:
-            x = self.shard(x, stages[0].sharded, stage=stages[0].name)
+            x = self.shard(x, stages[0].sharded, stage=stages[0].label)
         # A compiled graph would order the ends of switches as it likes; blocks within stages may be compiled.
-        overlap = None
         if self.group is not None and self.group.size() > 1 and not torch.compiler.is_compiling():
-            overlap = exchange_of(self.group).overlap
-        sharded = {stage.sharded for stage in stages}
-        if overlap is not None and len(sharded) > 1 and not any(stage.mixes_sharded for stage in stages):
-            # A dim that a stage has sharded cannot be sliced for all of them.
-            schedule, x = overlap.enter(self, stages, x, None if independent in sharded else independent)
-            if not schedule.plain:
-                return chunked.run(self, stages, x, schedule)
+            overlap, dims = overlap_of(self.group), [stage.sharded for stage in stages]
+            if overlap is not None and len(set(dims)) > 1 and not any(stage.mixes_sharded for stage in stages):
+                # A dim that a stage has sharded cannot be sliced for all of them.
+                schedule = overlap.choose(self.layout, self.group, dims, x, None if independent in dims else independent)
+                if not schedule.plain:
+                    return self._run_in_chunks(self.group, stages, x, schedule)
         for stage in stages:
-            x = self.shard(x, stage.sharded, stage=stage.name)
-            with named(f"stage {stage.name}"):
+            x = self.shard(x, stage.sharded, stage=stage.label)
+            with profile_range("stage", stage.label):
                 x = stage.compute(x)
         return x
 
-    def shard(self, x: Tensor, dim: str | None, *, stage: str = "") -> Tensor:
+    def _run_in_chunks(self, group: dist.ProcessGroup, stages: Sequence[Stage], x: Tensor, schedule: Schedule) -> Tensor:
+        """By a schedule that is not plain; the first stage has its dim sharded already."""
+        exchange = exchange_of(group)
+        runs = [list(same) for _, same in groupby(stages, lambda stage: stage.sharded)]  # no switch inside one
+        cuts = [chunks.cut(schedule, same[0].sharded, self.layout, exchange.size) for same in runs]
+        arriving: Iterator[Tensor] = iter(chunks.split(x, cuts[0], self.layout, exchange.rank))
+        for index, same in enumerate(runs):
+            self.layout = self.layout.with_sharded(same[0].sharded)
+            cut, last = cuts[index], index == len(runs) - 1
+            ways = [] if last else chunks.legs_to(runs[index + 1][0], exchange, self.layout, cut, cuts[index + 1], schedule)
+            done: list[Tensor] = []
+            for number, chunk in enumerate(arriving):
+                with self._on_chunk(cut.dim, cut.ranges[number].parts[exchange.rank]):
+                    for stage in same:
+                        with profile_range("stage", stage.label):
+                            chunk = stage.compute(chunk)
+                if last:
+                    done.append(chunk)
+                else:
+                    # A stage that runs whole sends its result off in all the chunks of the next one.
+                    done += legs.begin([ways[number]] if cut.dim else ways, self.part(chunk))
+            if last:
+                break
+            if ways[0].target is ways[-1].target:
+                # Nothing else names the whole, which would live on after its chunks.
+                arriving = iter(chunks.split(self.complete(legs.end(ways, done)), cuts[index + 1], self.layout, exchange.rank))
+            else:
+                # Each is waited for just before it is computed on.
+                arriving = (self.complete(legs.end([way], [token])) for way, token in zip(ways, done, strict=True))
+        return done[0] if cuts[-1].dim is None else torch.cat(done, self.layout.index(cuts[-1].dim))
+
+    def shard(self, x: Tensor, dim: str | None, *, stage: str | StageName = "") -> Tensor:
         """Bring the shard of ``x`` to the dim named ``dim`` (None: gather it), by keep, switch, split or gather."""
         now, self.layout = self.layout, self.layout.with_sharded(dim)
         if self.group is None or dim == now.sharded:
@@ -117,7 +135,7 @@ class Region:
         return tensor if stop - start == tensor.shape[dim] else tensor.narrow(dim, start, stop - start)
 
     @contextmanager
-    def on_chunk(self, dim: str | None, part: tuple[int, int]) -> Iterator[None]:
+    def _on_chunk(self, dim: str | None, part: tuple[int, int]) -> Iterator[None]:
         """In the block, the region is at the part ``part`` of the dim named ``dim``, in global indices; None is all of it."""
         self._chunk = {} if dim is None else {dim: part}
         try:

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from megatron_dsp.layout import shard_ranges
 from megatron_dsp.reshard.exchange import exchange_of
-from megatron_dsp.reshard.moves import Move
+from megatron_dsp.reshard.labels import Label, Operation
+from megatron_dsp.reshard.transport.move import Move
 
 
 class Link(NamedTuple):
@@ -64,7 +65,8 @@ def _switch_seconds(x: Tensor, group: dist.ProcessGroup, compute: float) -> floa
     ranks = group.size()
     dist.barrier(group)
     start = time.perf_counter()
-    end = transport.begin([Move(x, 0, 1, shard_ranges(ranks, ranks), shard_ranges(x.shape[1], ranks))])
+    move = Move(x, 0, 1, shard_ranges(ranks, ranks), shard_ranges(x.shape[1], ranks))
+    end = transport.begin([move], Label(Operation.SWITCH), at_once=False)
     begun = time.perf_counter()
     if compute:
         _compute(compute, x.device)

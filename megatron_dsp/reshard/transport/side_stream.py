@@ -7,19 +7,21 @@ allocations of the *same* stream at once; ``Work.wait`` of NCCL makes the stream
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
-from megatron_dsp.reshard.moves import Move
-from megatron_dsp.reshard.transports import End, Transport
+from megatron_dsp.reshard.labels import Label
+from megatron_dsp.reshard.transport.move import End, Move, Transport
 
 
 class SideStream:
-    """One for each exchange and device. ``priority``: CUDA's, lower first."""
+    """One for each group and device. ``priority``: CUDA's, lower first."""
 
     def __init__(self, device: torch.device, priority: int):
         self._stream = torch.cuda.Stream(device, priority=priority)
 
-    def begin(self, transport: Transport, moves: list[Move]) -> End:
+    def begin(self, transport: Transport, moves: Sequence[Move], label: Label) -> End:
         """`Transport.begin` on this stream, after what the current stream has been given so far.
 
         The memory of results (``into`` in each move) is the current stream's. Tensors are kept alive by reference, not by
@@ -30,14 +32,15 @@ class SideStream:
         ready = torch.cuda.current_stream(self._stream.device).record_event()
         self._stream.wait_event(ready)
         with torch.cuda.stream(self._stream):
-            end = transport.begin(moves)
+            end = transport.begin(moves, label, at_once=False)
+        sources = [move.x for move in moves]
 
         def finish() -> list[torch.Tensor]:
             with torch.cuda.stream(self._stream):
                 results = end()
             done = self._stream.record_event()
             torch.cuda.current_stream(self._stream.device).wait_event(done)
-            moves.clear()  # the sources, kept until now
+            sources.clear()  # kept until now
             return results
 
         return finish

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 
-from megatron_dsp.reshard.moves import Ranges
+from megatron_dsp.layout import RankRanges
 
 SHARDED = "sharded"
 
@@ -63,13 +64,14 @@ def chunk_sizes(size: int, chunks: int, shrink: float = 1.0) -> list[int]:
     return [stop - start for start, stop in zip([0, *stops], stops, strict=False)]
 
 
-def chunk_ranges(ranges: Ranges, chunks: int, shrink: float = 1.0) -> list[Ranges]:
+@lru_cache(maxsize=1024)
+def chunk_ranges(ranges: RankRanges, chunks: int, shrink: float = 1.0) -> tuple[RankRanges, ...]:
     """Of each chunk, the (start, stop) of every rank, where ``ranges`` are the ranks' shards."""
     by_rank = []
-    for start, stop in ranges:
+    for start, stop in ranges.parts:
         parts = []
         for size in chunk_sizes(stop - start, chunks, shrink):
             parts.append((start, start + size))
             start += size
         by_rank.append(parts)
-    return list(zip(*by_rank, strict=True))
+    return tuple(RankRanges(parts) for parts in zip(*by_rank, strict=True))

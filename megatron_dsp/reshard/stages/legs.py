@@ -16,10 +16,11 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from megatron_dsp.reshard.exchange import Exchange
-from megatron_dsp.reshard.moves import Move, Ranges
-from megatron_dsp.reshard.trace import named
-from megatron_dsp.reshard.transports import End
+from megatron_dsp.layout import RankRanges
+from megatron_dsp.reshard.exchange import Exchange, bytes_to_others
+from megatron_dsp.reshard.labels import Label, Operation, StageName, profile_range
+from megatron_dsp.reshard.stages.overlap import side_stream
+from megatron_dsp.reshard.transport.move import End, Move
 
 
 class Landing:
@@ -54,11 +55,11 @@ class Leg:
         gather: int,
         split: int,
         size: int,
-        gather_ranges: Ranges,
-        split_ranges: Ranges,
+        gather_ranges: RankRanges,
+        split_ranges: RankRanges,
         source: Landing,
         target: Landing,
-        stage: str,
+        stage: StageName,
     ):
         """``size`` is the global size of dim ``gather``."""
         self._exchange = exchange
@@ -76,27 +77,29 @@ class Leg:
         shape = list(x.shape)
         gather, split = self._dims
         gather_ranges, split_ranges = self._ranges
-        start, stop = split_ranges[self._exchange.rank]
+        start, stop = split_ranges.parts[self._exchange.rank]
         shape[gather], shape[split] = self._size, stop - start
         into = self.target.open(shape, x, self._exchange)
-        self._begin(Move(x, gather, split, gather_ranges, split_ranges, into), "switch")
+        self._begin(Move(x, gather, split, gather_ranges, split_ranges, into), Operation.SWITCH)
 
     def begin_back(self, gradient: Tensor) -> None:
         """Send the gradient of the target off."""
         into = self.source.open(self._source_shape, gradient, self._exchange)
         gather, split = self._dims
         gather_ranges, split_ranges = self._ranges
-        self._begin(Move(gradient, split, gather, split_ranges, gather_ranges, into), "switch adjoint")
+        self._begin(Move(gradient, split, gather, split_ranges, gather_ranges, into), Operation.SWITCH_ADJOINT)
 
-    def _begin(self, move: Move, operation: str) -> None:
-        with named(f"begin {operation} {self._stage}"):
-            self._end = self._exchange.begin_switch([move], self._stage, operation, beside=True)
+    def _begin(self, move: Move, operation: Operation) -> None:
+        exchange, label = self._exchange, Label(operation.value, *self._stage)
+        with profile_range(f"begin {operation}", self._stage):
+            sent, beside = bytes_to_others([move], exchange.rank), side_stream(exchange.group, move.x.device)
+            self._end = exchange.begin([move], label, sent, beside=beside)
 
     def wait(self) -> None:
         """Until what was sent off last has arrived."""
         end, self._end = self._end, None
         if end is not None:
-            with named(f"wait for switch {self._stage}"):
+            with profile_range("wait for switch", self._stage):
                 end()
 
     def __del__(self) -> None:
