@@ -29,7 +29,7 @@ from megatron_dsp.models.video_dit import Block
 from megatron_dsp.models.video_dit_config import VideoDiTConfig
 from megatron_dsp.reshard import FixedOverlap, Overlap, Region, Stage, overlap_of, set_overlap
 from megatron_dsp.reshard.exchange import exchange_of
-from megatron_dsp.reshard.exposed import NoCommunication
+from megatron_dsp.reshard.exposed import NoTransport
 from megatron_dsp.reshard.transport.move import Transport
 from megatron_dsp.tensor import TensorParallel, own_shard
 
@@ -214,7 +214,7 @@ class NoCommunication(Dsp):
 
     def __init__(self, work: Work, group: dist.ProcessGroup):
         super().__init__(work, group)
-        self.transport = NoCommunication(self.exchange.transport, self.exchange.rank)
+        self.transport = NoTransport(self.exchange.transport, self.exchange.rank)
 
     def sent(self, counted: dsp.Ledger) -> tuple[int, int]:
         return 0, 0

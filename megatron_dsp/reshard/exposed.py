@@ -15,7 +15,7 @@ from megatron_dsp.reshard.labels import Label, Operation
 from megatron_dsp.reshard.transport.move import End, Move, Transport
 
 
-class NoCommunication:
+class NoTransport:
     """A transport for measuring alone: switches to these kinds of stages (None: to all) move nothing but the rank's own piece.
 
     The rest of a result is whatever its memory held. Other switches go through ``transport``.
@@ -46,7 +46,7 @@ def without_communication(group: dist.ProcessGroup, kinds: Sequence[str] | None 
     """
     exchange = exchange_of(group)
     usual = exchange.transport
-    exchange.transport = NoCommunication(usual, exchange.rank, kinds)
+    exchange.transport = NoTransport(usual, exchange.rank, kinds)
     try:
         yield
     finally:
