@@ -9,7 +9,8 @@ from __future__ import annotations
 import inspect
 import json
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -18,10 +19,12 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from megatron_dsp.reshard import side_stream, transports
+from megatron_dsp.reshard.labels import Label
+from megatron_dsp.reshard.transport import side_stream, torch_transport
 from megatron_dsp.reshard.transport.buffers import BufferPool
-from megatron_dsp.reshard.transport.move import End, Move
+from megatron_dsp.reshard.transport.move import Beside, End, Move
 from megatron_dsp.reshard.transport.side_stream import SideStream
 from megatron_dsp.reshard.transport.torch_transport import TorchTransport
 
@@ -38,10 +41,8 @@ class Copies:
         self.buffers = BufferPool()
         self._cycles = before_begin, before_end
 
-    def check(self, x: Tensor) -> None:
-        """Nothing is refused."""
-
-    def begin(self, moves: list[Move]) -> End:
+    def begin(self, moves: Sequence[Move], label: Label, *, at_once: bool = False, beside: Beside | None = None) -> End:
+        assert beside is None  # it is what stands beside
         results = [move.result(0, self.buffers) for move in moves]
         messages = [torch.empty_like(move.x) for move in moves]
         torch.cuda._sleep(self._cycles[0])
@@ -85,16 +86,18 @@ def echoed(x: Tensor, gather: int, split: int, size: int) -> Tensor:
 
 
 class EchoCollectives:
-    """Stands for torch.distributed in `TorchTransport`, with an `EchoGroup`, as NCCL does it: on a stream of its own.
+    """Stands for torch.distributed in `TorchTransport`, with an `EchoGroup`, and its `all_to_all` for that module's own.
 
-    That waits for what the stream that is current has been given, and whoever waits for the work makes their current stream
-    wait for it. Nobody but the caller keeps messages alive. Messages take ``cycles`` of the GPU before they go; where not
-    ``moves``, they do not go at all.
+    As NCCL does it. A synchronous call is one more kernel of the current stream, and gives nothing to wait for. An asynchronous
+    one runs on a stream of its own, which waits for what the current stream has been given; whoever waits for the work makes
+    their current stream wait for it. Nobody but the caller keeps messages alive. Messages take ``cycles`` of the GPU before
+    they go; where not ``moves``, they do not go at all. ``synchronous`` says of each call whether it was.
     """
 
     def __init__(self) -> None:
         self._stream = torch.cuda.Stream()
         self.cycles, self.moves = 0, True
+        self.synchronous: list[bool] = []
 
     def __getattr__(self, name: str) -> Any:
         return getattr(dist, name)
@@ -103,17 +106,32 @@ class EchoCollectives:
         """That of a mesh's groups on GPUs."""
         return "cpu:gloo,cuda:nccl"
 
-    def all_to_all(self, received: list[Tensor], sent: list[Tensor], *, group: EchoGroup, async_op: bool) -> _EchoWork:
-        """Each rank's part comes back from it."""
-        assert async_op
+    def all_to_all(
+        self,
+        group: EchoGroup,
+        arriving: Tensor,
+        message: Tensor,
+        arriving_splits: list[int],
+        splits: list[int],
+        options: dist.AllToAllOptions,
+    ) -> _EchoWork | None:
+        """Each rank's part comes back from it: with even shards, as it lies."""
+        self.synchronous.append(not options.asyncOp)
+        if not options.asyncOp:
+            self._go(arriving, message)
+            return None
         self._stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self._stream):
-            if self.cycles:
-                torch.cuda._sleep(self.cycles)
-            if self.moves:
-                for to, back in zip(sent, received, strict=True):
-                    back.copy_(to)
+            self._go(arriving, message)
         return _EchoWork(self._stream.record_event())
+
+    def _go(self, arriving: Tensor, message: Tensor) -> None:
+        if self.cycles:
+            torch.cuda._sleep(self.cycles)
+        if self.moves:
+            assert arriving.is_contiguous()
+            assert message.is_contiguous()
+            arriving.copy_(message)
 
 
 class _EchoWork:
@@ -137,10 +155,9 @@ class Staged:
         self._real, self._rank, self._cycles = TorchTransport(group), group.rank(), cycles
         self.buffers = BufferPool()
 
-    def check(self, x: Tensor) -> None:
-        """Nothing is refused."""
-
-    def begin(self, moves: list[Move]) -> End:
+    def begin(self, moves: Sequence[Move], label: Label, *, at_once: bool = False, beside: Beside | None = None) -> End:
+        if beside is not None:
+            return beside.begin(self, moves, label)
         results = [move.result(self._rank, self.buffers) for move in moves]
         on_host = []
         for move, result in zip(moves, results, strict=True):
@@ -148,7 +165,7 @@ class Staged:
             x.copy_(move.x, non_blocking=True)
             on_host.append(move._replace(x=x, into=into))
         torch.cuda.current_stream().synchronize()
-        end_on_host = self._real.begin(on_host)
+        end_on_host = self._real.begin(on_host, label, at_once=at_once)
 
         def end() -> list[Tensor]:
             arrived = end_on_host()
@@ -174,8 +191,47 @@ def flood(nbytes: int) -> list[Tensor]:
     return taken
 
 
-def gpu_work(run: Callable[[], object]) -> list[str]:
-    """The names of the kernels and copies that the GPU does for ``run``, in the order of their starts."""
+@contextmanager
+def stream_calls() -> Iterator[list[str]]:
+    """What orders or changes streams in the block, by the names of torch's functions."""
+    calls: list[str] = []
+    of = {
+        torch.cuda.Stream: ("record_event", "wait_event", "wait_stream", "synchronize"),
+        torch.cuda.Event: ("record", "wait", "synchronize"),
+        torch.cuda.StreamContext: ("__enter__",),
+        torch.cuda: ("set_stream", "synchronize"),
+    }
+    with pytest.MonkeyPatch.context() as patch:
+        for owner, names in of.items():
+            for name in names:
+                patch.setattr(owner, name, _noted(getattr(owner, name), f"{owner.__name__}.{name}", calls))
+        yield calls
+
+
+def _noted(function: Callable[..., Any], name: str, calls: list[str]) -> Callable[..., Any]:
+    def call(*arguments: Any, **keywords: Any) -> Any:
+        calls.append(name)
+        return function(*arguments, **keywords)
+
+    return call
+
+
+class CopiedDtypes(TorchDispatchMode):
+    """In the block, ``found`` gets the dtype of the elements of each copy in place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[torch.dtype] = []
+
+    def __torch_dispatch__(self, function: Any, types: Any, arguments: Any = (), keywords: Any = None) -> Any:
+        if function is torch.ops.aten.copy_.default:
+            assert arguments[0].dtype == arguments[1].dtype
+            self.found.append(arguments[0].dtype)
+        return function(*arguments, **(keywords or {}))
+
+
+def gpu_events(run: Callable[[], object]) -> list[dict[str, Any]]:
+    """The kernels and copies that the GPU does for ``run``, in the order of their starts. None: the profiler sees nothing."""
     run()
     torch.cuda.synchronize()
     activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
@@ -187,9 +243,18 @@ def gpu_work(run: Callable[[], object]) -> list[str]:
         profile.export_chrome_trace(str(trace))
         events = json.loads(trace.read_text())["traceEvents"]
     done = [event for event in events if event.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset")]
-    if not done:
-        pytest.skip("needs a profiler that sees the GPU's work: CUPTI is missing, or may not be used here")
-    return [event["name"] for event in sorted(done, key=lambda event: float(event["ts"]))]
+    return sorted(done, key=lambda event: float(event["ts"]))
+
+
+NO_PROFILER = "needs a profiler that sees the GPU's work: CUPTI is missing, or may not be used here"
+
+
+def gpu_work(run: Callable[[], object]) -> list[str]:
+    """The names of `gpu_events`."""
+    names = [event["name"] for event in gpu_events(run)]
+    if not names:
+        pytest.skip(NO_PROFILER)
+    return names
 
 
 def is_copy(name: str) -> bool:
@@ -225,7 +290,7 @@ COMPUTE_NOT_WAITED_FOR = _side_stream("compute is not waited for", ("        sel
 RESULTS_NOT_WAITED_FOR = _side_stream("results are not waited for", (f"            {_CURRENT}.wait_event(done)\n", ""))
 DONE_BEFORE_THE_END = _side_stream("done before the end", (_ENDS + _DONE, _DONE + _ENDS))
 SOURCES_FORGOTTEN = _side_stream(
-    "sources are forgotten", ("        def finish()", "        moves.clear()\n\n        def finish()")
+    "sources are forgotten", ("        def finish()", "        sources.clear()\n\n        def finish()")
 )
 ON_THE_CURRENT_STREAM = _side_stream(
     "on the current stream", (f"        {_ENTER}            end = tr", "        if True:\n            end = tr")
@@ -236,9 +301,10 @@ THE_DEFAULT_STREAM = _side_stream(
     (f"            {_CURRENT}.wait_event", f"            {_DEFAULT}.wait_event"),
 )
 
-REAL_TRANSPORT = changed(transports)
-_KEPT = "            sent.clear()  # kept until now: on CUDA the collective runs on another stream\n"
-MESSAGES_FORGOTTEN = changed(transports, (_KEPT, ""))
-COLLECTIVE_NOT_WAITED_FOR = changed(
-    transports, ("            work.wait()\n            sent.clear()", "            sent.clear()")
-)
+REAL_TRANSPORT = changed(torch_transport)
+MESSAGES_FORGOTTEN = changed(torch_transport, ("[message, *xs]", "[]"))
+COLLECTIVE_NOT_WAITED_FOR = changed(torch_transport, ("        work.wait()\n        sent.clear()", "        sent.clear()"))
+# Of whole switches.
+_ASYNCHRONOUS = "self._in_order if at_once else ", ""
+WHOLE_SWITCH_BESIDE = changed(torch_transport, _ASYNCHRONOUS)
+WHOLE_SWITCH_NOT_WAITED_FOR = changed(torch_transport, _ASYNCHRONOUS, ("if work is not None:", "if work is None:"))

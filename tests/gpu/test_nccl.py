@@ -7,6 +7,7 @@ import random
 import pytest
 import torch
 import torch.distributed as dist
+from one_card import NO_PROFILER, gpu_events
 from torch import Tensor
 from work import CHAIN, compare_stages, compare_video, missing
 
@@ -88,6 +89,24 @@ def _movements(seeds: range) -> None:
 @pytest.mark.parametrize("size", SIZES)
 def test_every_switch_is_bitwise_the_slice(ranks, size):
     ranks(size, _movements, range(200))
+
+
+def _streams_of_a_switch() -> dict[str, int]:
+    """Each kernel and copy of a whole switch that packs and unpacks, and the stream it runs on."""
+    group, device = _group()
+    size = group.size()
+    x = torch.randn(4, 3, 2 * size, 64, device=device)
+    events = gpu_events(lambda: dsp.switch(x, gather=1, split=2, size=3 * size, group=group))
+    return {event["name"]: event["args"]["stream"] for event in events}
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_a_whole_switch_runs_on_one_stream(ranks, size):
+    for found in ranks(size, _streams_of_a_switch):
+        if not found:
+            pytest.skip(NO_PROFILER)
+        assert any("nccl" in name.lower() for name in found), found
+        assert len(set(found.values())) == 1, found
 
 
 def _chunks_of_bits(name: str) -> None:

@@ -23,6 +23,9 @@ from one_card import (
     RESULTS_NOT_WAITED_FOR,
     SOURCES_FORGOTTEN,
     THE_DEFAULT_STREAM,
+    WHOLE_SWITCH_BESIDE,
+    WHOLE_SWITCH_NOT_WAITED_FOR,
+    CopiedDtypes,
     Copies,
     EchoCollectives,
     EchoGroup,
@@ -31,6 +34,7 @@ from one_card import (
     flood,
     gpu_work,
     is_copy,
+    stream_calls,
 )
 from torch import Tensor
 from work import CHAIN, Result, compare_stages, compare_video, error, gradient_of, missing, mixes
@@ -39,9 +43,12 @@ from megatron_dsp.layout import Layout, shard_ranges
 from megatron_dsp.models.attention import SelfAttention
 from megatron_dsp.models.block_runner import DIMS
 from megatron_dsp.models.embeddings import time_rotations
-from megatron_dsp.reshard import FixedOverlap, Region, Stage, transports
+from megatron_dsp.reshard import FixedOverlap, Region, Stage, collectives, set_overlap
 from megatron_dsp.reshard.exchange import Exchange, exchange_of
+from megatron_dsp.reshard.labels import Label, Operation, StageName
+from megatron_dsp.reshard.stages import overlap
 from megatron_dsp.reshard.stages.legs import Landing, Leg
+from megatron_dsp.reshard.transport import torch_transport
 from megatron_dsp.reshard.transport.move import Move
 from megatron_dsp.reshard.transport.side_stream import SideStream
 from megatron_dsp.tensor import TensorParallel
@@ -52,6 +59,7 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(MISSING is not None, reason=MI
 # Cycles of the GPU: tenths and hundredths of a second, in which a host launches thousands of kernels.
 LONG, SHORT = 200_000_000, 50_000_000
 SHAPE = (512, 1024)  # fp64: beyond what the allocator takes from its pool of small blocks
+LABEL = Label(Operation.SWITCH.value)
 
 
 def _full(value: float) -> Tensor:
@@ -60,7 +68,7 @@ def _full(value: float) -> Tensor:
 
 def _move(x: Tensor, into: Tensor) -> Move:
     """To the one rank that there is."""
-    return Move(x, 0, 1, [(0, SHAPE[0])], [(0, SHAPE[1])], into)
+    return Move(x, 0, 1, shard_ranges(SHAPE[0], 1), shard_ranges(SHAPE[1], 1), into)
 
 
 def _is(x: Tensor, value: float) -> bool:
@@ -78,28 +86,28 @@ def _source_is_late(side: SideStream, cycles: int) -> bool:
     torch.cuda.synchronize()
     torch.cuda._sleep(cycles)
     x.fill_(1)
-    (y,) = side.begin(Copies(), [_move(x, into)])()
+    (y,) = side.begin(Copies(), [_move(x, into)], LABEL)()
     return _is(y.clone(), 1)
 
 
 def _packing_is_late(side: SideStream, cycles: int) -> bool:
     x, into = _full(1), _full(torch.nan)
     torch.cuda.synchronize()
-    (y,) = side.begin(Copies(before_begin=cycles), [_move(x, into)])()
+    (y,) = side.begin(Copies(before_begin=cycles), [_move(x, into)], LABEL)()
     return _is(y.clone(), 1)
 
 
 def _unpacking_is_late(side: SideStream, cycles: int) -> bool:
     x, into = _full(1), _full(torch.nan)
     torch.cuda.synchronize()
-    (y,) = side.begin(Copies(before_end=cycles), [_move(x, into)])()
+    (y,) = side.begin(Copies(before_end=cycles), [_move(x, into)], LABEL)()
     return _is(y.clone(), 1)
 
 
 def _source_is_freed_at_once(side: SideStream, cycles: int) -> bool:
     x, into = _full(1), _full(torch.nan)
     torch.cuda.synchronize()
-    end = side.begin(Copies(before_begin=cycles), [_move(x, into)])
+    end = side.begin(Copies(before_begin=cycles), [_move(x, into)], LABEL)
     nbytes = x.nbytes
     del x
     taken = flood(nbytes)
@@ -113,14 +121,14 @@ def _memory_of_the_result_is_still_read(side: SideStream, cycles: int) -> bool:
     torch.cuda.synchronize()
     torch.cuda._sleep(cycles)
     before = into.clone()  # as whatever has had that memory, for which the allocator orders the current stream alone
-    (y,) = side.begin(Copies(), [_move(x, into)])()
+    (y,) = side.begin(Copies(), [_move(x, into)], LABEL)()
     return _is(before, 2) and _is(y, 1)
 
 
 def _compute_goes_on_meanwhile(side: SideStream, cycles: int) -> bool:
     x, into = _full(1), _full(torch.nan)
     torch.cuda.synchronize()
-    end = side.begin(Copies(before_begin=cycles), [_move(x, into)])
+    end = side.begin(Copies(before_begin=cycles), [_move(x, into)], LABEL)
     torch.cuda.current_stream().synchronize()
     # Without a sleep there may be nothing left to wait for.
     beside = cycles == 0 or not side._stream.query()
@@ -164,15 +172,25 @@ class World:
 
     def __init__(self, size: int, module: ModuleType, monkeypatch: pytest.MonkeyPatch):
         self.group, self.collectives = EchoGroup(size), EchoCollectives()
-        for each in (transports, module):  # the package's has to make the exchange's own transport
+        for each in (torch_transport, module):  # the package's has to make the exchange's own transport
             monkeypatch.setattr(each, "dist", self.collectives)
+            monkeypatch.setattr(each, "_all_to_all", self.collectives.all_to_all)
         self.exchange: Exchange = exchange_of(self.group)
         self.exchange.transport = module.TorchTransport(self.group)
 
     def use(self, side: type[SideStream]) -> SideStream:
-        """Make it the exchange's."""
-        self.exchange._side_streams[DEVICE] = made = side(DEVICE, -1)
+        """Make it the group's."""
+        self.side_stream()  # what the group has already
+        overlap._overlaps[self.group].side_streams[DEVICE] = made = side(DEVICE, -1)
         return made
+
+    def side_stream(self) -> torch.cuda.Stream:
+        """The one that chunks over the group pack on."""
+        return overlap.side_stream(self.group, DEVICE)._stream
+
+    def switch(self, xs: list[Tensor], gather: int, split: int, sizes: list[int]) -> list[Tensor]:
+        """A whole switch, without gradients."""
+        return collectives.switch(xs, gather, split, sizes, self.group.group_name, *LABEL)
 
 
 @pytest.fixture
@@ -181,16 +199,16 @@ def world(monkeypatch) -> Callable[..., World]:
 
 
 def _message_is_late(world: World, cycles: int) -> bool:
-    """What is sent is strided, and so travels from staging memory."""
+    """What is sent is strided, and so travels as a packed copy."""
     T, S = SHAPE
-    x = _full(1).view(T, S, 1)
-    into = torch.full((2 * T, S // 2, 1), torch.nan, dtype=torch.float64, device="cuda")
+    x = _full(1)
+    into = torch.full((2 * T, S // 2), torch.nan, dtype=torch.float64, device="cuda")
     world.collectives.cycles = cycles
     side = world.use(SideStream)
     torch.cuda.synchronize()
-    end = side.begin(world.exchange.transport, [Move(x, 0, 1, shard_ranges(2 * T, 2), shard_ranges(S, 2), into)])
+    end = side.begin(world.exchange.transport, [Move(x, 0, 1, shard_ranges(2 * T, 2), shard_ranges(S, 2), into)], LABEL)
     with torch.cuda.stream(side._stream):  # where the next switch begun takes its memory
-        taken = flood(x.nbytes // 2)
+        taken = flood(x.nbytes)
     (y,) = end()
     seen = y.clone()
     del taken
@@ -214,14 +232,14 @@ class _OnTheSideStream(Landing):
     """Whose memory is the side stream's, as that of a switch would be that made its result there."""
 
     def open(self, shape: list[int], like: Tensor, exchange: Exchange) -> Tensor:
-        with torch.cuda.stream(exchange._side_stream(like.device)._stream):
+        with torch.cuda.stream(overlap.side_stream(exchange.group, like.device)._stream):
             return super().open(shape, like, exchange)
 
 
 def _result_is_read_late(world: World, landing: Landing, cycles: int) -> bool:
     T, S = SHAPE
     x = _full(1)
-    leg = Leg(world.exchange, 0, 1, 2 * T, shard_ranges(2 * T, 2), shard_ranges(S, 2), Landing(), landing, "")
+    leg = Leg(world.exchange, 0, 1, 2 * T, shard_ranges(2 * T, 2), shard_ranges(S, 2), Landing(), landing, StageName())
     torch.cuda.synchronize()
     leg.begin(x)
     leg.wait()
@@ -229,7 +247,7 @@ def _result_is_read_late(world: World, landing: Landing, cycles: int) -> bool:
     torch.cuda._sleep(cycles)
     seen, nbytes = y.clone(), y.nbytes
     del y
-    with torch.cuda.stream(world.exchange._side_stream(DEVICE)._stream):
+    with torch.cuda.stream(world.side_stream()):
         taken = flood(nbytes)
     right = _is(seen, 1)
     del taken
@@ -244,6 +262,85 @@ def test_memory_of_results_goes_back_to_the_stream_that_reads_them(world):
     assert not _result_is_read_late(here, _OnTheSideStream(), LONG)
 
 
+# --- A whole switch: in order on the current stream, and nothing beside.
+
+
+def _strided() -> Tensor:
+    """Of `SHAPE`, and nowhere contiguous."""
+    return torch.full(SHAPE[::-1], torch.nan, dtype=torch.float64, device="cuda").t()
+
+
+def _whole_switch_is_late(world: World, cycles: int) -> bool:
+    """Its source, and the collective; and memory that it lets go of is taken again at once. It packs and it unpacks."""
+    x = _strided()
+    world.collectives.cycles = cycles
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        # The memory that the switch will take: what is read there too early must not be right by chance.
+        spoilt = [_full(torch.nan) for _ in range(4)]
+        del spoilt
+        torch.cuda.synchronize()
+        torch.cuda._sleep(cycles)
+        x.fill_(1)
+        (y,) = world.switch([x], 1, 0, [2 * SHAPE[1]])
+        taken = flood(x.nbytes)
+        seen = y.clone()
+    right = _is(seen, 1)
+    del taken
+    return right
+
+
+def test_a_whole_switch_is_right_however_late(world):
+    here = world()
+    assert _whole_switch_is_late(here, 0)
+    assert _whole_switch_is_late(here, LONG)
+    assert here.collectives.synchronous == [True, True]
+
+
+def test_a_fault_in_a_whole_switch_is_seen(world):
+    here = world(module=WHOLE_SWITCH_NOT_WAITED_FOR)
+    _whole_switch_is_late(here, 0)
+    assert not _whole_switch_is_late(here, LONG)
+
+
+def _stream_calls_of_a_whole_switch(world: World) -> list[str]:
+    """Forward and backward, on a stream that is not the default."""
+    rows, columns = SHAPE
+    x = _strided().fill_(1).requires_grad_()
+    gradient = torch.ones(rows // 2, 2 * columns, dtype=torch.float64, device="cuda")
+    torch.cuda.synchronize()
+    where = world.group.group_name, *LABEL
+
+    class Switch(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            with stream_calls() as ctx.calls:
+                return collectives.switch([x], 1, 0, [2 * columns], *where)[0]
+
+        @staticmethod
+        def backward(ctx, gradient):
+            with stream_calls() as calls:
+                moved = collectives.switch([gradient], 0, 1, [rows], *where)[0]
+            ctx.calls += calls
+            return moved
+
+    with torch.cuda.stream(torch.cuda.Stream()):
+        for _ in range(2):  # once to find what is kept of its shape
+            y = Switch.apply(x)
+            calls = y.grad_fn.calls
+            (found,) = torch.autograd.grad(y, x, gradient)
+    assert _is(found, 1)
+    return calls
+
+
+def test_a_whole_switch_has_no_stream_beside(world):
+    assert _stream_calls_of_a_whole_switch(world()) == []
+
+
+def test_a_whole_switch_with_a_stream_beside_is_seen(world):
+    assert {"Stream.record_event", "Stream.wait_event"} <= {*_stream_calls_of_a_whole_switch(world(module=WHOLE_SWITCH_BESIDE))}
+
+
 # --- Whole passes: stages, collectives and gradients are late, and the forward pass runs on a stream that is not the default.
 
 SIZES = 12, 3, 12, 8
@@ -252,9 +349,9 @@ SIZES = 12, 3, 12, 8
 class Passes:
     """A chain of stages in a world of two ranks, on a stream of its own, and what plain torch computes."""
 
-    def __init__(self, world: World, overlap: FixedOverlap | None):
+    def __init__(self, world: World, how: FixedOverlap | None):
         self.world, self.stream = world, torch.cuda.Stream()
-        world.exchange.overlap = overlap
+        set_overlap(world.group, how)
         torch.manual_seed(0)
         self.parts = mixes(SIZES).to(DEVICE)
         world.use(SideStream)
@@ -277,7 +374,8 @@ class Passes:
     def forward(self, x: Tensor) -> Tensor:
         """In a region."""
         region = Region(Layout(DIMS, SIZES, sharded="time"), self.world.group)
-        stages = [Stage(part, sharded, f"stage {i}") for i, (part, sharded) in enumerate(zip(self.parts, CHAIN, strict=True))]
+        parts = enumerate(zip(self.parts, CHAIN, strict=True))
+        stages = [Stage(part, sharded, "stage", number=number) for number, (part, sharded) in parts]
         with torch.cuda.stream(self.stream):
             return region.run(stages, x, independent="batch")
 
@@ -384,24 +482,61 @@ def test_the_host_waits_for_nothing(world, along):
     assert error(y.detach(), right.output) <= 1e-12
 
 
+@pytest.mark.parametrize("along", OVERLAPS)
+def test_a_pass_can_be_captured(world, along):
+    passes = Passes(world(), OVERLAPS[along])
+    passes.warm_up()
+    x, gradient = passes.sample(1)
+    leaves = [x, *passes.parts.parameters()]
+
+    def run() -> Result:
+        y = passes.forward(x)
+        found, *of_parameters = torch.autograd.grad(y, leaves, gradient)
+        return Result(y.detach(), found, of_parameters)
+
+    run()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=passes.stream):
+        captured = run()
+    for seed in (2, 3):
+        with torch.no_grad():
+            for held, other in zip((x, gradient), passes.sample(seed), strict=True):
+                held.copy_(other)
+        right = passes.right(x, gradient)
+        graph.replay()
+        torch.cuda.synchronize()
+        assert _wrong_by(captured, right) <= 1e-12
+
+
 # --- What the GPU does.
 
-RANKS = 4
+RANKS = 8
 SWITCHES = {
-    # gather, split, and the most copies: all pieces in one, at one end or at both.
+    # gather, split, and the ends at which there is anything to copy.
     "from the outermost dim": (0, 2, 1),
     "to the outermost dim": (2, 0, 1),
     "between inner dims": (1, 2, 2),
 }
+SHARDS = {
+    # A rank's shape, what all ranks' shards lack of its size times theirs, and the copies at an end: for each size of a shard.
+    "even": ((8, 16, 24, 64), 0, 1),
+    "uneven": ((9, 17, 25, 64), 3, 2),
+}
 
 
+@pytest.mark.parametrize("tensors", [1, 3])
+@pytest.mark.parametrize("shards", SHARDS)
 @pytest.mark.parametrize("name", SWITCHES)
-def test_a_switch_copies_each_piece_once(world, name, record_property):
-    gather, split, most = SWITCHES[name]
+def test_a_switch_copies_each_piece_once(world, name, shards, tensors, record_property):
+    gather, split, ends = SWITCHES[name]
+    shape, lacking, most_an_end = SHARDS[shards]
     here = world(size=RANKS)
     here.collectives.moves = False
-    x = torch.randn(8, 12, 16, 64, device="cuda")
-    work = gpu_work(lambda: here.exchange.switch([x], [gather], [split], [RANKS * x.shape[gather]], "", "switch"))
+    xs = [torch.randn(shape, device="cuda") for _ in range(tensors)]
+    # The pieces of several tensors lie in one message, at both ends.
+    most = most_an_end * (ends if tensors == 1 else 2) * tensors
+    work = gpu_work(lambda: here.switch(xs, gather, split, [RANKS * shape[gather] - lacking] * tensors))
     record_property("gpu work", "; ".join(work))
     assert len(work) <= most, work
     assert all(map(is_copy, work)), work
@@ -412,13 +547,13 @@ def test_a_chunk_copies_each_piece_once(world, name, record_property):
     gather, split, most = SWITCHES[name]
     here = world(size=RANKS)
     here.collectives.moves = False
-    x = torch.randn(8, 12, 16, 64, device="cuda")
+    x = torch.randn(SHARDS["even"][0], device="cuda")
     size = RANKS * x.shape[gather]
     ranges = shard_ranges(size, RANKS), shard_ranges(x.shape[split], RANKS)
 
     def run() -> Tensor:
         landing = Landing()
-        leg = Leg(here.exchange, gather, split, size, *ranges, Landing(), landing, "")
+        leg = Leg(here.exchange, gather, split, size, *ranges, Landing(), landing, StageName())
         leg.begin(x)
         leg.wait()
         return landing.take()
@@ -427,6 +562,25 @@ def test_a_chunk_copies_each_piece_once(world, name, record_property):
     record_property("gpu work", "; ".join(work))
     assert len(work) <= most, work
     assert all(map(is_copy, work)), work
+
+
+def _copied_as(world: World, x: Tensor) -> set[torch.dtype]:
+    """The dtypes of what a switch of ``x`` between inner dims copies, at either end."""
+    move = Move(x, 1, 2, shard_ranges(RANKS * x.shape[1], RANKS), shard_ranges(x.shape[2], RANKS))
+    world.collectives.moves = False
+    with CopiedDtypes() as copied:
+        world.exchange.begin([move], LABEL, 0, at_once=True)()
+    assert len(copied.found) == 2
+    return set(copied.found)
+
+
+def test_bf16_is_copied_16_bytes_at_a_time(world, record_property):
+    here = world(size=RANKS)
+    wide, odd = (torch.randn(8, 16, 24, size, device="cuda").bfloat16() for size in (1152, 1151))
+    unaligned = torch.randn(1 + wide.numel(), device="cuda").bfloat16()[1:].view(wide.shape)
+    assert _copied_as(here, wide) == {torch.complex128}
+    assert _copied_as(here, odd) == {torch.bfloat16}
+    assert _copied_as(here, unaligned) == {torch.bfloat16, torch.complex128}  # as it is sent, and as it has come
 
 
 FUSED = re.compile("flash|fmha|sdpa|attention", re.IGNORECASE)
@@ -463,19 +617,18 @@ def test_attention_takes_strided_views(over, record_property):
 # --- Two processes that share the card.
 
 
-def _share(priority: int, cycles: int) -> Exchange:
+def _share(cycles: int) -> dist.ProcessGroup:
     torch.cuda.set_device(DEVICE)
     group = dist.group.WORLD
-    exchange = exchange_of(group)
-    exchange.transport, exchange.stream_priority = Staged(group, cycles), priority
-    return exchange
+    exchange_of(group).transport = Staged(group, cycles)
+    return group
 
 
-def _stages(overlap: FixedOverlap | None, priority: int, cycles: int) -> None:
-    exchange = _share(priority, cycles)
-    compare_stages(dist.group.WORLD, DEVICE, overlap, cycles)
-    made = [side._stream.priority for side in exchange._side_streams.values()]
-    assert made == ([] if overlap is None else [priority])
+def _stages(how: FixedOverlap | None, priority: int, cycles: int) -> None:
+    group = _share(cycles)
+    compare_stages(group, DEVICE, how, cycles, stream_priority=priority)
+    made = [side._stream.priority for side in overlap._overlaps[group].side_streams.values()]
+    assert made == ([] if how is None else [priority])
 
 
 @pytest.mark.parametrize("priority", [0, -1])
@@ -485,9 +638,8 @@ def test_two_processes_compute_what_one_does(ranks, along, cycles, priority):
     ranks(2, _stages, OVERLAPS[along], priority, cycles)
 
 
-def _video(overlap: FixedOverlap | None) -> None:
-    _share(-1, 0)
-    compare_video(dist.group.WORLD, DEVICE, overlap)
+def _video(how: FixedOverlap | None) -> None:
+    compare_video(_share(0), DEVICE, how)
 
 
 @pytest.mark.parametrize("along", OVERLAPS)

@@ -95,7 +95,14 @@ class _Tables(nn.Module):
         return x
 
 
-def compare_stages(group: dist.ProcessGroup, device: torch.device, overlap: FixedOverlap | None, cycles: int = 0) -> None:
+def compare_stages(
+    group: dist.ProcessGroup,
+    device: torch.device,
+    overlap: FixedOverlap | None,
+    cycles: int = 0,
+    *,
+    stream_priority: int | None = None,
+) -> None:
     """Stages over ``group`` against one process, in fp64, with shards of different sizes."""
     sizes = 4 * group.size() + 1, 3, 3 * group.size() + 1, 4
     torch.manual_seed(0)
@@ -112,7 +119,8 @@ def compare_stages(group: dist.ProcessGroup, device: torch.device, overlap: Fixe
         def stage(part: nn.Module) -> Callable[[Tensor], Tensor]:
             return lambda x: part(tables(x, region))
 
-        stages = [Stage(stage(part), sharded, f"stage {i}") for i, (part, sharded) in enumerate(zip(parts, CHAIN, strict=True))]
+        chain = enumerate(zip(parts, CHAIN, strict=True))
+        stages = [Stage(stage(part), sharded, "stage", number=number) for number, (part, sharded) in chain]
         x = shard(whole, 0).detach().clone().requires_grad_()
         y = region.run(stages, x, independent="batch")
         for parameter in parameters:
@@ -121,7 +129,7 @@ def compare_stages(group: dist.ProcessGroup, device: torch.device, overlap: Fixe
         return Result(y.detach(), gradient_of(x), [gradient_of(parameter) for parameter in parameters])
 
     single = run(None)
-    set_overlap(group, overlap)
+    set_overlap(group, overlap, stream_priority=stream_priority)
     for part in parts:
         part.forward_cycles = part.backward_cycles = cycles
     ours = run(group)
