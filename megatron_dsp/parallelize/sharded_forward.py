@@ -32,7 +32,7 @@ class Call(NamedTuple):
 
 
 @dataclass
-class _Progress:
+class _ForwardState:
     """How far a forward has come. Only refusals depend on it, and which of a module's calls is the next."""
 
     entered: bool = False
@@ -62,12 +62,12 @@ class ShardedForward:
         self._routes_by_sizes: dict[tuple[tuple[tuple[str, int], ...], int, str | None], Routes] = {}
         self._bytes_per_position = 0
         self.preferred: str | None = None
-        self._progress: _Progress | None = None
+        self._progress: _ForwardState | None = None
         self.last_calls: dict[str, Call] = {}  # the last call of each planned module
 
     def begin(self, *_: Any) -> None:
         """The model is called."""
-        self._progress = _Progress()
+        self._progress = _ForwardState()
 
     def finish(self, *_: Any) -> None:
         """The model returns, or raises."""
@@ -155,7 +155,7 @@ class ShardedForward:
         self.last_calls[name] = Call(several[index], self.routes.modules[name][index])
         return self.last_calls[name]
 
-    def _check_order(self, where: str, name: str, progress: _Progress) -> None:
+    def _check_order(self, where: str, name: str, progress: _ForwardState) -> None:
         done = progress.calls.total()
         expected = self._order[done] if done < len(self._order) else "(leave)"
         if name != expected:
@@ -187,7 +187,7 @@ class ShardedForward:
         """The global sizes of dims in the last forward."""
         return self._sizes
 
-    def _current_progress(self, where: str) -> _Progress | None:
+    def _current_progress(self, where: str) -> _ForwardState | None:
         """The forward that is under way; None where backward computes a module again."""
         if torch._C._current_graph_task_id() != -1:
             return None
@@ -197,7 +197,7 @@ class ShardedForward:
             )
         return self._progress
 
-    def _check_inside(self, where: str, progress: _Progress) -> None:
+    def _check_inside(self, where: str, progress: _ForwardState) -> None:
         if not progress.entered:
             raise UsageError(f"{where} is called before the region is entered at {self.plan.enter.module!r}; enter earlier")
         if progress.left:

@@ -7,6 +7,7 @@ every dtype travels, bitwise; only sums know their dtype.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -24,6 +25,7 @@ from megatron_dsp.reshard.exchange import (
     elements_to_others,
     exchange_named,
     exchange_of,
+    in_words,
     plain,
     whole_in_words,
 )
@@ -38,11 +40,13 @@ _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_sc
 _ROTATION_TAG = 0xD7  # keeps rotations apart from other messages between the same ranks
 _MOST_SHAPES = 1024  # of which what was found is kept
 
+_PLAIN = (Tensor, torch.nn.Parameter)  # the types of tensors that nobody dispatches anew
+
 _library = torch.library.Library("megatron_dsp", "DEF")
 _WHERE = "str group, str operation, str kind, int? number"
 
 
-class Description(NamedTuple):
+class Transfer(NamedTuple):
     """What a collective moves.
 
     Attributes:
@@ -56,10 +60,10 @@ class Description(NamedTuple):
     dims: tuple[int, int]
 
 
-_describe: dict[torch._ops.OpOverload, Callable[..., Description]] = {}
+_describe: dict[torch._ops.OpOverload, Callable[..., Transfer]] = {}
 
 
-def describe(operator: Any, arguments: Sequence[Any]) -> tuple[Exchange, Label, Description] | None:
+def describe(operator: Any, arguments: Sequence[Any]) -> tuple[Exchange, Label, Transfer] | None:
     """Over which group, for what, and what it moves, where ``operator`` is one of these collectives; no communication."""
     if operator not in _describe:
         return None
@@ -68,8 +72,8 @@ def describe(operator: Any, arguments: Sequence[Any]) -> tuple[Exchange, Label, 
     return exchange, Label(operation, kind, number), _describe[operator](exchange, *about)
 
 
-def _define(schema: str, run: Callable, infer: Callable, described: Callable[..., Description]) -> Callable[..., Any]:
-    """A function that computes ``run``: through torch's dispatcher, as an operator, where a compiler or a mode looks on.
+def _define(schema: str, run: Callable, infer: Callable, described: Callable[..., Transfer]) -> Callable[..., Any]:
+    """A function that is ``run``: as an operator, through torch's dispatcher, where a compiler, a mode or a subclass looks on.
 
     ``infer`` gives them its outputs' shapes without any communication. Where nobody does, dispatching would take a quarter of
     a switch's time on the host.
@@ -81,22 +85,22 @@ def _define(schema: str, run: Callable, infer: Callable, described: Callable[...
     operator = getattr(torch.ops.megatron_dsp, name).default
     _describe[operator] = described
 
-    def call(tensors: Any, *arguments: Any) -> Any:
-        first = tensors if isinstance(tensors, Tensor) else tensors[0]
-        if torch.compiler.is_compiling() or is_in_torch_dispatch_mode() or type(first) is not Tensor:
+    def run_or_dispatch(tensors: Any, *arguments: Any) -> Any:
+        if torch.compiler.is_compiling() or is_in_torch_dispatch_mode():
             return operator(tensors, *arguments)
+        for x in (tensors,) if isinstance(tensors, Tensor) else tensors:
+            if type(x) not in _PLAIN:
+                return operator(tensors, *arguments)
         return run(tensors, *arguments)
 
-    return call
+    return run_or_dispatch
 
 
 # --- switch: the shard of each tensor goes from dim ``gather``, of global size ``sizes``, to dim ``split``; one all-to-all.
 
 
-def _run_switch(
-    xs: list[Tensor], gather: int, split: int, sizes: list[int], group: str, operation: str, kind: str, number: int | None
-) -> list[Tensor]:
-    exchange, label = exchange_named(group), Label(operation, kind, number)
+def _run_switch(xs: list[Tensor], gather: int, split: int, sizes: list[int], group: str, *what: Any) -> list[Tensor]:
+    exchange, label = exchange_named(group), Label(*what)
     moves, sent = [], 0
     for x, size in zip(xs, sizes, strict=True):
         key = x.shape, gather, split, size
@@ -106,11 +110,11 @@ def _run_switch(
             if len(exchange.shapes) >= _MOST_SHAPES:
                 exchange.shapes.clear()
             exchange.shapes[key] = found
-        where, elements = found
-        moves.append(Move(x, *where))
+        dims_and_ranges, elements = found
+        moves.append(Move(x, *dims_and_ranges))
         sent += elements * x.element_size()
     if torch.autograd._profiler_enabled():
-        with profile_range(operation, label.stage):
+        with profile_range(label.operation, label.stage):
             return exchange.begin(moves, label, sent, at_once=True)()
     return exchange.begin(moves, label, sent, at_once=True)()
 
@@ -120,13 +124,11 @@ def _find_switch(
 ) -> tuple[tuple[int, int, RankRanges, RankRanges], int]:
     """What a `Move` of ``x`` has beside it, and how many of its elements leave this rank."""
     gather, split = check_switch(exchange.members, x, gather, split, size)
-    where = gather, split, shard_ranges(size, exchange.size), shard_ranges(x.shape[split], exchange.size)
-    return where, elements_to_others(Move(x, *where), exchange.rank)
+    dims_and_ranges = gather, split, shard_ranges(size, exchange.size), shard_ranges(x.shape[split], exchange.size)
+    return dims_and_ranges, elements_to_others(Move(x, *dims_and_ranges), exchange.rank)
 
 
-def _infer_switch(
-    xs: list[Tensor], gather: int, split: int, sizes: list[int], group: str, operation: str, kind: str, number: int | None
-) -> list[Tensor]:
+def _infer_switch(xs: list[Tensor], gather: int, split: int, sizes: list[int], group: str, *what: Any) -> list[Tensor]:
     members = exchange_named(group).members
     results = []
     for x, size in zip(xs, sizes, strict=True):
@@ -137,10 +139,10 @@ def _infer_switch(
     return results
 
 
-def _describe_switch(exchange: Exchange, xs: list[Tensor], gather: int, split: int, sizes: list[int]) -> Description:
+def _describe_switch(exchange: Exchange, xs: list[Tensor], gather: int, split: int, sizes: list[int]) -> Transfer:
     moves = [Move(x, *_find_switch(exchange, x, gather, split, size)[0]) for x, size in zip(xs, sizes, strict=True)]
     shapes = tuple(_whole(move.x, move.gather, size) for move, size in zip(moves, sizes, strict=True))
-    return Description(bytes_to_others(moves, exchange.rank), shapes, (moves[0].gather, moves[0].split))
+    return Transfer(bytes_to_others(moves, exchange.rank), shapes, (moves[0].gather, moves[0].split))
 
 
 switch = _define(
@@ -154,13 +156,14 @@ switch = _define(
 # --- gather: the whole tensor, of which every rank has its shard of ``dim``, of global size ``size``; one all-gather.
 
 
-def _run_gather(x: Tensor, dim: int, size: int, group: str, operation: str, kind: str, number: int | None) -> Tensor:
-    exchange, label = exchange_named(group), Label(operation, kind, number)
+def _run_gather(x: Tensor, dim: int, size: int, group: str, *what: Any) -> Tensor:
+    exchange, label = exchange_named(group), Label(*what)
     if exchange.agreement is not None:
-        exchange.agree(label, whole_in_words(x, dim, size), f"dim {dim}")
-    send = plain(x).contiguous().view(-1)
-    ranges, shape = shard_ranges(size, exchange.size), _whole(x, dim, size)
-    received = send.new_empty(torch.Size(shape).numel())
+        exchange.agreement.check(in_words(label, whole_in_words(x, dim, size), f"dim {dim}"))
+    send, ranges = plain(x).contiguous().view(-1), shard_ranges(size, exchange.size)
+    whole = x.new_empty(_whole(x, dim, size))
+    in_order = math.prod(whole.shape[:dim]) == 1
+    received = whole.view(-1) if in_order else send.new_empty(whole.numel())
     if size % exchange.size == 0:
         _all_gather(as_bytes(received), as_bytes(send), group=exchange.group)
     else:
@@ -176,10 +179,12 @@ def _run_gather(x: Tensor, dim: int, size: int, group: str, operation: str, kind
         for work in works:
             work.wait()
     exchange.count(label, _sent_by_gather(exchange, x))
-    return unpack(received, shape, dim, ranges)
+    if not in_order:
+        unpack(received, whole, dim, ranges)
+    return whole
 
 
-def _infer_gather(x: Tensor, dim: int, size: int, group: str, operation: str, kind: str, number: int | None) -> Tensor:
+def _infer_gather(x: Tensor, dim: int, size: int, group: str, *what: Any) -> Tensor:
     return x.new_empty(_whole(x, dim, size))
 
 
@@ -187,8 +192,8 @@ def _sent_by_gather(exchange: Exchange, x: Tensor) -> int:
     return x.nbytes * (exchange.size - 1)
 
 
-def _describe_gather(exchange: Exchange, x: Tensor, dim: int, size: int) -> Description:
-    return Description(_sent_by_gather(exchange, x), (_whole(x, dim, size),), (dim, -1))
+def _describe_gather(exchange: Exchange, x: Tensor, dim: int, size: int) -> Transfer:
+    return Transfer(_sent_by_gather(exchange, x), (_whole(x, dim, size),), (dim, -1))
 
 
 gather = _define(f"gather(Tensor x, int dim, SymInt size, {_WHERE}) -> Tensor", _run_gather, _infer_gather, _describe_gather)
@@ -197,11 +202,11 @@ gather = _define(f"gather(Tensor x, int dim, SymInt size, {_WHERE}) -> Tensor", 
 # --- reduce_scatter: this rank's shard of ``dim`` of the sum over ranks.
 
 
-def _run_reduce_scatter(x: Tensor, dim: int, group: str, operation: str, kind: str, number: int | None) -> Tensor:
-    exchange, label = exchange_named(group), Label(operation, kind, number)
+def _run_reduce_scatter(x: Tensor, dim: int, group: str, *what: Any) -> Tensor:
+    exchange, label = exchange_named(group), Label(*what)
     size, ranks = x.shape[dim], exchange.size
     if exchange.agreement is not None:
-        exchange.agree(label, whole_in_words(x, dim, size), f"dim {dim}")
+        exchange.agreement.check(in_words(label, whole_in_words(x, dim, size), f"dim {dim}"))
     ranges = shard_ranges(size, ranks)
     start, stop = ranges.parts[exchange.rank]
     shape = _whole(x, dim, stop - start)
@@ -219,7 +224,7 @@ def _run_reduce_scatter(x: Tensor, dim: int, group: str, operation: str, kind: s
     return parts.sum(0)
 
 
-def _infer_reduce_scatter(x: Tensor, dim: int, group: str, operation: str, kind: str, number: int | None) -> Tensor:
+def _infer_reduce_scatter(x: Tensor, dim: int, group: str, *what: Any) -> Tensor:
     members = exchange_named(group).members
     return x.new_empty(_whole(x, dim, shard_sizes(x.shape[dim], members.size)[members.rank]))
 
@@ -230,8 +235,8 @@ def _sent_by_reduce_scatter(exchange: Exchange, x: Tensor, dim: int) -> int:
     return x.nbytes // size * (size - own) if size else 0
 
 
-def _describe_reduce_scatter(exchange: Exchange, x: Tensor, dim: int) -> Description:
-    return Description(_sent_by_reduce_scatter(exchange, x, dim), (tuple(x.shape),), (-1, dim))
+def _describe_reduce_scatter(exchange: Exchange, x: Tensor, dim: int) -> Transfer:
+    return Transfer(_sent_by_reduce_scatter(exchange, x, dim), (tuple(x.shape),), (-1, dim))
 
 
 reduce_scatter = _define(
@@ -245,22 +250,22 @@ reduce_scatter = _define(
 # --- all_reduce: the sum over ranks.
 
 
-def _run_all_reduce(x: Tensor, group: str, operation: str, kind: str, number: int | None) -> Tensor:
-    exchange, label = exchange_named(group), Label(operation, kind, number)
+def _run_all_reduce(x: Tensor, group: str, *what: Any) -> Tensor:
+    exchange, label = exchange_named(group), Label(*what)
     if exchange.agreement is not None:
-        exchange.agree(label, f"{list(x.shape)} {x.dtype}")
+        exchange.agreement.check(in_words(label, f"{list(x.shape)} {x.dtype}"))
     total = plain(x).clone(memory_format=torch.contiguous_format)
     dist.all_reduce(total, group=exchange.group)
     exchange.count(label, ring_all_reduce_bytes(x.nbytes, exchange.size))
     return total
 
 
-def _infer_all_reduce(x: Tensor, group: str, operation: str, kind: str, number: int | None) -> Tensor:
+def _infer_all_reduce(x: Tensor, group: str, *what: Any) -> Tensor:
     return x.new_empty(x.shape)
 
 
-def _describe_all_reduce(exchange: Exchange, x: Tensor) -> Description:
-    return Description(ring_all_reduce_bytes(x.nbytes, exchange.size), (tuple(x.shape),), (-1, -1))
+def _describe_all_reduce(exchange: Exchange, x: Tensor) -> Transfer:
+    return Transfer(ring_all_reduce_bytes(x.nbytes, exchange.size), (tuple(x.shape),), (-1, -1))
 
 
 def ring_all_reduce_bytes(size: int, ranks: int) -> int:
@@ -281,7 +286,7 @@ def rotate(xs: list[Tensor], *, group: dist.ProcessGroup, label: Label) -> Calla
     """
     exchange = exchange_of(group)
     if exchange.agreement is not None:
-        exchange.agree(label, *(f"{list(x.shape)} {x.dtype}" for x in xs))
+        exchange.agreement.check(in_words(label, *(f"{list(x.shape)} {x.dtype}" for x in xs)))
     received = [torch.empty_like(x) for x in xs]
     after, before = (exchange.rank + 1) % exchange.size, (exchange.rank - 1) % exchange.size
     works = dist.batch_isend_irecv(

@@ -17,8 +17,7 @@ from torch import Tensor
 from megatron_dsp.errors import UsageError
 from megatron_dsp.reshard.agreement import Agreement
 from megatron_dsp.reshard.labels import Label
-from megatron_dsp.reshard.transport.move import End, Move, Transport
-from megatron_dsp.reshard.transport.side_stream import SideStream
+from megatron_dsp.reshard.transport.move import Beside, End, Move, Transport
 from megatron_dsp.reshard.transport.torch_transport import TorchTransport
 
 _exchanges: weakref.WeakKeyDictionary[dist.ProcessGroup, Exchange] = weakref.WeakKeyDictionary()
@@ -77,8 +76,8 @@ class Exchange:
         self._group = weakref.ref(group)
         self.size = group.size()
         self.rank = group.rank()
-        self.name = group.group_desc
-        self.members = Members(group.group_name, self.name, self.size, self.rank)
+        self.description = group.group_desc
+        self.members = Members(group.group_name, self.description, self.size, self.rank)
         self.transport: Transport = TorchTransport(group)
         self.transport_reason = "no config was given"
         self.agreement: Agreement | None = None
@@ -89,12 +88,10 @@ class Exchange:
     def group(self) -> dist.ProcessGroup:
         group = self._group()
         if group is None:
-            raise RuntimeError(f"the process group {self.name!r} was destroyed; make a new mesh")
+            raise RuntimeError(f"the process group {self.description!r} was destroyed; make a new mesh")
         return group
 
-    def begin(
-        self, moves: list[Move], label: Label, sent: int, *, at_once: bool = False, beside: SideStream | None = None
-    ) -> End:
+    def begin(self, moves: list[Move], label: Label, sent: int, *, at_once: bool = False, beside: Beside | None = None) -> End:
         """Start one collective that makes all ``moves``. What is returned waits for it, and is to be called once.
 
         Sources must not change before that. ``sent`` are the bytes that leave this rank (`bytes_to_others`). ``at_once``: what
@@ -112,20 +109,10 @@ class Exchange:
             if x.is_conj() or x.is_neg():
                 moves[index] = move._replace(x=plain(x))
         if self.agreement is not None:
-            self.agree(label, *_in_words(moves))
-        if beside is None:
-            end = self.transport.begin(moves, label, at_once=at_once)
-        else:
-            end = beside.begin(self.transport, moves, label)
-        calls, sent_before = self.counts.get(label, (0, 0))
-        self.counts[label] = (calls + 1, sent_before + sent)
+            self.agreement.check(in_words(label, *_moves_in_words(moves)))
+        end = self.transport.begin(moves, label, at_once=at_once, beside=beside)
+        self.count(label, sent)
         return end
-
-    def agree(self, label: Label, *about: str) -> None:
-        """Compare a collective over the group, in words that are the same on all ranks. Errors: as of `Agreement.check`."""
-        if self.agreement is not None:
-            stage = [f"stage {str(label.stage)!r}"] if label.kind else []
-            self.agreement.check(", ".join([label.operation, *stage, *about]))
 
     def count(self, label: Label, sent: int) -> None:
         """Note a collective that sends ``sent`` bytes."""
@@ -149,11 +136,17 @@ def plain(x: Tensor) -> Tensor:
     return x.resolve_conj().resolve_neg()
 
 
+def in_words(label: Label, *about: str) -> str:
+    """A collective in words that are the same on all ranks."""
+    stage = [f"stage {str(label.stage)!r}"] if label.kind else []
+    return ", ".join([label.operation, *stage, *about])
+
+
 def whole_in_words(x: Tensor, dim: int, size: int) -> str:
     """The tensor of which each rank has its shard of ``dim``."""
     return f"whole shape {[*x.shape[:dim], size, *x.shape[dim + 1 :]]} {x.dtype}"
 
 
-def _in_words(moves: Sequence[Move]) -> list[str]:
+def _moves_in_words(moves: Sequence[Move]) -> list[str]:
     wholes = [whole_in_words(move.x, move.gather, move.gather_ranges.total) for move in moves]
     return [*wholes, f"gather {[move.gather for move in moves]}, split {[move.split for move in moves]}"]

@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 from megatron_dsp.reshard.exchange import exchange_of
 from megatron_dsp.reshard.labels import Label, Operation
-from megatron_dsp.reshard.transport.move import End, Move, Transport
+from megatron_dsp.reshard.transport.move import Beside, End, Move, Transport
 
 
 class NoTransport:
@@ -28,10 +28,10 @@ class NoTransport:
         self._kinds = None if kinds is None else frozenset(kinds)
         self.buffers = transport.buffers
 
-    def begin(self, moves: Sequence[Move], label: Label, *, at_once: bool) -> End:
+    def begin(self, moves: Sequence[Move], label: Label, *, at_once: bool = False, beside: Beside | None = None) -> End:
         """As `Transport.begin`."""
         if self._kinds is not None and label.kind not in self._kinds:
-            return self._transport.begin(moves, label, at_once=at_once)
+            return self._transport.begin(moves, label, at_once=at_once, beside=beside)
         results = [move.result(self._rank, self.buffers) for move in moves]
         for move, result in zip(moves, results, strict=True):
             move.targets(result)[self._rank].copy_(move.sources()[self._rank])

@@ -50,7 +50,7 @@ class StageName(NamedTuple):
 
 
 class Label(NamedTuple):
-    """What a collective is for. Operators of torch carry these three; ``operation`` is then the value of an `Operation`."""
+    """What a collective is for. ``operation`` is the value of an `Operation`: operators of torch carry strings."""
 
     operation: str
     kind: str = ""
@@ -62,11 +62,14 @@ class Label(NamedTuple):
         return StageName(self.kind, self.number)
 
 
+_NO_STAGE = StageName()
+
+
 class ProfileRange(NamedTuple):
     """A part of a step that a profiler sees: what is done ("stage", "begin switch"), and for which stage."""
 
     what: str
-    stage: StageName = StageName()
+    stage: StageName
 
     def __str__(self) -> str:
         return f"{self.what} {self.stage}".rstrip()
@@ -74,9 +77,6 @@ class ProfileRange(NamedTuple):
 
 # By its name in a profile, each range that a profiler was shown: profiles hold names alone.
 _shown: dict[str, ProfileRange] = {}
-
-
-_NO_STAGE = StageName()
 
 
 def profile_range(what: str, stage: StageName = _NO_STAGE) -> AbstractContextManager[object]:

@@ -1,4 +1,4 @@
-"""What was moved: calls and bytes by group, stage and operation."""
+"""What was moved: calls and bytes by group, stage, operation and kind of stage."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class Ledger:
                 calls_before, sent_before = before.get(label, (0, 0))
                 if calls > calls_before:
                     new = calls - calls_before, sent - sent_before
-                    rows.append(Row(exchange.name, str(label.stage), Operation(label.operation), *new, label.kind))
+                    rows.append(Row(exchange.description, str(label.stage), Operation(label.operation), *new, label.kind))
         return sorted(rows)
 
     @property

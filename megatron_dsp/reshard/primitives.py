@@ -69,8 +69,8 @@ def switch(
     ``size`` is the global size of dim ``gather``. ``x`` may be several tensors, of any shapes and dtypes that have both dims
     (tokens with their mask; queries, keys and values): they move in one collective, and a tuple is returned.
 
-    One all-to-all. Where ``gather`` or ``split`` is the outermost dim of a contiguous ``x``, each element is copied at most
-    once, else at most twice. The result is contiguous and holds the same bits as the slice of the whole tensor, for any
+    One all-to-all. Each element is copied at most twice; of one contiguous tensor at most once, where ``gather`` or ``split``
+    is the outermost dim. The result is contiguous and holds the same bits as the slice of the whole tensor, for any
     dtype. ``stage`` labels the ledger's row.
 
     Errors: UsageError for dims and groups that cannot be meant and for tensors that the transport cannot move, on every rank;
@@ -88,8 +88,8 @@ def switch(
 
 class _Switch(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, how: tuple[int, int, tuple[int, ...], _Where], *xs: Tensor) -> tuple[Tensor, ...]:
-        gather, split, sizes, where = how
+    def forward(ctx: Any, arguments: tuple[int, int, tuple[int, ...], _Where], *xs: Tensor) -> tuple[Tensor, ...]:
+        gather, split, sizes, where = arguments
         moved = tuple(collectives.switch(xs, gather, split, sizes, *where))
         ctx.back = split, gather, tuple([x.shape[split] for x in xs]), where
         if len(xs) > 1:
@@ -102,8 +102,8 @@ class _Switch(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         gather, split, sizes, where = ctx.back
         moved = [index for index, needed in enumerate(ctx.needs_input_grad[1:]) if needed]
-        how = gather, split, tuple([sizes[index] for index in moved]), _adjoint(where)
-        results = iter(_Switch.apply(how, *[gradients[index] for index in moved]))
+        arguments = gather, split, tuple([sizes[index] for index in moved]), _adjoint(where)
+        results = iter(_Switch.apply(arguments, *[gradients[index] for index in moved]))
         return (None, *(next(results) if index in moved else None for index in range(len(gradients))))
 
 

@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 from megatron_dsp.reshard.exchange import exchange_of
 from megatron_dsp.reshard.labels import Label
-from megatron_dsp.reshard.transport.move import End, Move, Transport
+from megatron_dsp.reshard.transport.move import Beside, End, Move, Transport
 
 Result = TypeVar("Result")
 
@@ -65,9 +65,9 @@ class TimedTransport:
         self._transport, self._timer = transport, timer
         self.name, self.buffers = transport.name, transport.buffers
 
-    def begin(self, moves: Sequence[Move], label: Label, *, at_once: bool) -> End:
+    def begin(self, moves: Sequence[Move], label: Label, *, at_once: bool = False, beside: Beside | None = None) -> End:
         """As `Transport.begin`."""
-        end = self._timer.time(lambda: self._transport.begin(moves, label, at_once=at_once))
+        end = self._timer.time(lambda: self._transport.begin(moves, label, at_once=at_once, beside=beside))
         return lambda: self._timer.time(end)
 
 

@@ -31,10 +31,10 @@ from megatron_dsp.reshard.labels import Operation
 
 def copy_to_tensor(x: Tensor, *, group: dist.ProcessGroup, stage: str = "") -> Tensor:
     """``x``, which all ranks hold, for a computation of which each does a part: gradients are summed over the group."""
-    return x if group.size() == 1 else _Copy.apply(x, _name(group), stage)
+    return x if group.size() == 1 else _CopyTo.apply(x, _name(group), stage)
 
 
-class _Copy(torch.autograd.Function):
+class _CopyTo(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: str, stage: str) -> Tensor:
         ctx.where = (group, stage)
@@ -42,15 +42,15 @@ class _Copy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        return (_Reduce.apply(gradient, *ctx.where, Operation.TENSOR_ALL_REDUCE_ADJOINT.value), None, None)
+        return (_ReduceFrom.apply(gradient, *ctx.where, Operation.TENSOR_ALL_REDUCE_ADJOINT.value), None, None)
 
 
 def reduce_from_tensor(x: Tensor, *, group: dist.ProcessGroup, stage: str = "") -> Tensor:
     """The sum of all ranks' ``x``, on all of them."""
-    return x if group.size() == 1 else _Reduce.apply(x, _name(group), stage, Operation.TENSOR_ALL_REDUCE.value)
+    return x if group.size() == 1 else _ReduceFrom.apply(x, _name(group), stage, Operation.TENSOR_ALL_REDUCE.value)
 
 
-class _Reduce(torch.autograd.Function):
+class _ReduceFrom(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: str, stage: str, operation: str) -> Tensor:
         ctx.where = (group, stage)
@@ -58,15 +58,15 @@ class _Reduce(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        return (_Copy.apply(gradient, *ctx.where), None, None, None)
+        return (_CopyTo.apply(gradient, *ctx.where), None, None, None)
 
 
 def scatter_to_tensor(x: Tensor, *, dim: int, group: dist.ProcessGroup, stage: str = "") -> Tensor:
     """This rank's shard of dim ``dim`` of ``x``, which all ranks hold: a view."""
-    return x if group.size() == 1 else _Scatter.apply(x, dim % x.dim(), _name(group), group.size(), group.rank(), stage)
+    return x if group.size() == 1 else _ScatterTo.apply(x, dim % x.dim(), _name(group), group.size(), group.rank(), stage)
 
 
-class _Scatter(torch.autograd.Function):
+class _ScatterTo(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, dim: int, group: str, ranks: int, rank: int, stage: str) -> Tensor:
         ctx.reverse = (dim, x.shape[dim], group, ranks, rank, stage, Operation.TENSOR_ALL_GATHER_ADJOINT.value)
@@ -75,7 +75,7 @@ class _Scatter(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        return (_Gather.apply(gradient, *ctx.reverse), *[None] * 5)
+        return (_GatherFrom.apply(gradient, *ctx.reverse), *[None] * 5)
 
 
 def gather_from_tensor(x: Tensor, *, dim: int, size: int, group: dist.ProcessGroup, stage: str = "") -> Tensor:
@@ -83,10 +83,10 @@ def gather_from_tensor(x: Tensor, *, dim: int, size: int, group: dist.ProcessGro
     if group.size() == 1:
         return x
     dim = _check(x, dim, size, group, "gather_from_tensor")
-    return _Gather.apply(x, dim, size, _name(group), group.size(), group.rank(), stage, Operation.TENSOR_ALL_GATHER.value)
+    return _GatherFrom.apply(x, dim, size, _name(group), group.size(), group.rank(), stage, Operation.TENSOR_ALL_GATHER.value)
 
 
-class _Gather(torch.autograd.Function):
+class _GatherFrom(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, dim: int, size: int, group: str, ranks: int, rank: int, stage: str, name: str) -> Tensor:
         ctx.reverse = (dim, group, ranks, rank, stage)
@@ -94,7 +94,7 @@ class _Gather(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        return (_Scatter.apply(gradient, *ctx.reverse), *[None] * 7)
+        return (_ScatterTo.apply(gradient, *ctx.reverse), *[None] * 7)
 
 
 def gather_from_sequence(x: Tensor, *, dim: int, size: int, group: dist.ProcessGroup, stage: str = "") -> Tensor:
@@ -113,7 +113,7 @@ class _GatherSequence(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        return (_ReduceScatter.apply(gradient, *ctx.reverse, Operation.TENSOR_REDUCE_SCATTER_ADJOINT.value), *[None] * 5)
+        return (_ReduceScatterTo.apply(gradient, *ctx.reverse, Operation.TENSOR_REDUCE_SCATTER_ADJOINT.value), *[None] * 5)
 
 
 def reduce_scatter_to_sequence(x: Tensor, *, dim: int, group: dist.ProcessGroup, stage: str = "") -> Tensor:
@@ -121,11 +121,11 @@ def reduce_scatter_to_sequence(x: Tensor, *, dim: int, group: dist.ProcessGroup,
     return (
         x
         if group.size() == 1
-        else _ReduceScatter.apply(x, dim % x.dim(), _name(group), stage, Operation.TENSOR_REDUCE_SCATTER.value)
+        else _ReduceScatterTo.apply(x, dim % x.dim(), _name(group), stage, Operation.TENSOR_REDUCE_SCATTER.value)
     )
 
 
-class _ReduceScatter(torch.autograd.Function):
+class _ReduceScatterTo(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, dim: int, group: str, stage: str, operation: str) -> Tensor:
         ctx.reverse = (dim, x.shape[dim], group, stage)

@@ -120,7 +120,7 @@ def rank_costs(job: Job, rank: int) -> RankCosts:
     stage, pipe = grid.coordinate(rank, "pipe"), grid.degrees["pipe"]
     with fake_world(job.world_size, rank):
         mesh = Mesh(**job.config.degrees)
-        part = _Whole(job, mesh) if pipe == 1 else _Stage(job, mesh)
+        part = _WholeModel(job, mesh) if pipe == 1 else _PipelineStage(job, mesh)
         sizes = [parameter.numel() for parameter in part.parameters()]
         with FakeTensorMode(), ledger() as moved:
             _make_fake(part.model, costs.dtype)
@@ -151,7 +151,7 @@ class _Forward(NamedTuple):
     kept: tuple[Any, ...]
 
 
-class _Whole:
+class _WholeModel:
     """A model that is not in a pipeline."""
 
     def __init__(self, job: Job, mesh: Mesh) -> None:
@@ -171,7 +171,7 @@ class _Whole:
         return _Forward(loss.backward, 0, (inputs, labels))
 
 
-class _Stage:
+class _PipelineStage:
     """A stage of a pipeline, with what DeepSpeed's engine keeps of a micro-batch."""
 
     def __init__(self, job: Job, mesh: Mesh) -> None:

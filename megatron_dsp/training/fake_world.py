@@ -106,7 +106,7 @@ class Watch(TorchDispatchMode):
             exchange, label, about = described
             exchange.count(label, about.sent)
             ranks = tuple(dist.get_process_group_ranks(exchange.group))
-            self.collectives.append(Collective(exchange.name, ranks, label, about.shapes, about.dims))
+            self.collectives.append(Collective(exchange.description, ranks, label, about.shapes, about.dims))
 
 
 class SavedTensors:

@@ -34,10 +34,10 @@ class RecordingTransport(_Around):
         super().__init__(real)
         self.log, self._begun = log, 0
 
-    def begin(self, moves: list[Move], label: Label, *, at_once: bool) -> End:
+    def begin(self, moves: list[Move], label: Label, **how: Any) -> End:
         number, self._begun = self._begun, self._begun + 1
         self.log.append(f"b{number}")
-        real_end = self.real.begin(moves, label, at_once=at_once)
+        real_end = self.real.begin(moves, label, **how)
 
         def end() -> list[Tensor]:
             self.log.append(f"e{number}")
@@ -58,7 +58,7 @@ class LateTransport(_Around):
         self._rank, self._reads_early = rank, reads_early
         self.ends: list[int] = []
 
-    def begin(self, moves: list[Move], label: Label, *, at_once: bool) -> End:
+    def begin(self, moves: list[Move], label: Label, **how: Any) -> End:
         results = [move.result(self._rank, self.buffers) for move in moves]
         places = [place for move, result in zip(moves, results, strict=True) for place in move.targets(result)]
         for place in places:

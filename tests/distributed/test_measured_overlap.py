@@ -30,8 +30,8 @@ class Network(TorchTransport):
         self.bandwidth, self.beside = bandwidth, beside
         self._free = 0.0
 
-    def begin(self, moves: list[Move], label: Any, *, at_once: bool) -> End:
-        end = super().begin(moves, label, at_once=at_once)
+    def begin(self, moves: list[Move], label: Any, **how: Any) -> End:
+        end = super().begin(moves, label, **how)
         seconds = bytes_to_others(moves, self._rank) / self.bandwidth
         self._free = arrives = max(self._free, time.perf_counter()) + seconds
 

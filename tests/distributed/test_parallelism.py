@@ -103,13 +103,13 @@ def _start_and_length(size: int, ranks: int, rank: int) -> tuple[int, int]:
 
 
 def _summed(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
-    return mappings._Reduce.apply(gradient, *ctx.where, "tensor all-reduce")
+    return mappings._ReduceFrom.apply(gradient, *ctx.where, "tensor all-reduce")
 
 
 def _slice_summed(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
     dim, group, ranks, rank, stage = ctx.reverse
-    return mappings._Scatter.apply(
-        mappings._Reduce.apply(gradient, group, stage, "tensor all-reduce"), dim, group, ranks, rank, stage
+    return mappings._ScatterTo.apply(
+        mappings._ReduceFrom.apply(gradient, group, stage, "tensor all-reduce"), dim, group, ranks, rank, stage
     )
 
 
@@ -132,13 +132,18 @@ def _unscaled_mean_loss(per_token: torch.Tensor, *, group: Any = None, mask: Any
 
 # name: (what is replaced, by what, a cell that must notice). Each of the tensor axis's pairs, each of DSP's, each reduction.
 MUTATIONS: dict[str, tuple[Any, str, Any, Cell]] = {
-    "copy: identity backward": (mappings._Copy, "backward", _padded(_identity, 3), Cell(tensor=2)),
-    "reduce: summed backward": (mappings._Reduce, "backward", _padded(_summed, 4), Cell(tensor=2)),
-    "scatter: zeros beside the slice": (mappings._Scatter, "backward", _padded(_others_zero, 6), Cell(tensor=2, sequence=2)),
-    "gather: summed before the slice": (mappings._Gather, "backward", _padded(_slice_summed, 8), Cell(tensor=2, sequence=2)),
+    "copy: identity backward": (mappings._CopyTo, "backward", _padded(_identity, 3), Cell(tensor=2)),
+    "reduce: summed backward": (mappings._ReduceFrom, "backward", _padded(_summed, 4), Cell(tensor=2)),
+    "scatter: zeros beside the slice": (mappings._ScatterTo, "backward", _padded(_others_zero, 6), Cell(tensor=2, sequence=2)),
+    "gather: summed before the slice": (
+        mappings._GatherFrom,
+        "backward",
+        _padded(_slice_summed, 8),
+        Cell(tensor=2, sequence=2),
+    ),
     "sequence gather: own slice": (mappings._GatherSequence, "backward", _padded(_own_slice, 6), Cell(tensor=2, sharded=True)),
     "sequence reduce-scatter: zeros beside": (
-        mappings._ReduceScatter,
+        mappings._ReduceScatterTo,
         "backward",
         _padded(_others_zero, 5),
         Cell(tensor=2, sharded=True),

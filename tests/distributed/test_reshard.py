@@ -154,6 +154,31 @@ def test_several_tensors_in_one_switch(ranks, size, sizes, how):
     ranks(size, _together, sizes, how)
 
 
+def _changes_in_place(how: str | int, channels: int) -> None:
+    """Of what a switch and a gather return, and their gradients."""
+    group = dist.group.WORLD
+    rank, size = group.rank(), group.size()
+    whole = torch.randn(4, 6, channels, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    for dims in ((0, 1), (1, 0)):
+        gathered, split = dims
+        x = dsp.split(whole, dim=gathered, group=group).clone().requires_grad_()
+        with travelling(how, group):
+            y = dsp.switch(x, gather=gathered, split=split, size=whole.shape[gathered], group=group)
+            y *= 2
+            z = dsp.gather(x, dim=gathered, size=whole.shape[gathered], group=group)
+            z += 1
+            (y.square().sum() + z.sum() / size).backward()
+        assert torch.equal(y, 2 * whole.tensor_split(size, split)[rank])
+        assert torch.equal(z, whole + 1)
+        assert torch.allclose(x.grad, 8 * x.detach() + 1)
+
+
+@pytest.mark.parametrize("channels", [2, 8000])  # the memory of large results is reused
+@pytest.mark.parametrize("how", ["all-to-all", 1 << 20])
+def test_results_may_be_changed_in_place(ranks, how, channels):
+    ranks(2, _changes_in_place, how, channels)
+
+
 def _lazy_flags() -> None:
     group = dist.group.WORLD
     whole = torch.randn(4, 6, dtype=torch.complex64)

@@ -279,15 +279,13 @@ def _side_stream(fault: str, *changes: tuple[str, str]) -> type[SideStream]:
     return made
 
 
-_CURRENT = "torch.cuda.current_stream(self._stream.device)"
-_DEFAULT = "torch.cuda.default_stream(self._stream.device)"
 _ENTER = "with torch.cuda.stream(self._stream):\n"
 _DONE = "            done = self._stream.record_event()\n"
 _ENDS = f"            {_ENTER}                results = end()\n"
 
 # Made when this is imported, so that a test run without a GPU finds changes that no longer fit the source.
 COMPUTE_NOT_WAITED_FOR = _side_stream("compute is not waited for", ("        self._stream.wait_event(ready)\n", ""))
-RESULTS_NOT_WAITED_FOR = _side_stream("results are not waited for", (f"            {_CURRENT}.wait_event(done)\n", ""))
+RESULTS_NOT_WAITED_FOR = _side_stream("results are not waited for", ("stream.wait_event(done)", "pass"))
 DONE_BEFORE_THE_END = _side_stream("done before the end", (_ENDS + _DONE, _DONE + _ENDS))
 SOURCES_FORGOTTEN = _side_stream(
     "sources are forgotten", ("        def finish()", "        sources.clear()\n\n        def finish()")
@@ -297,8 +295,8 @@ ON_THE_CURRENT_STREAM = _side_stream(
 )
 THE_DEFAULT_STREAM = _side_stream(
     "the default stream for the current one",
-    (f"ready = {_CURRENT}", f"ready = {_DEFAULT}"),
-    (f"            {_CURRENT}.wait_event", f"            {_DEFAULT}.wait_event"),
+    ("compute = torch.cuda.current_stream", "compute = torch.cuda.default_stream"),
+    ("{compute, torch.cuda.current_stream", "{compute, torch.cuda.default_stream"),
 )
 
 REAL_TRANSPORT = changed(torch_transport)

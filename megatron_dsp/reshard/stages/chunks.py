@@ -21,7 +21,7 @@ class Cut(NamedTuple):
     ranges: Sequence[RankRanges]
 
 
-def cut(schedule: Schedule, sharded: str, layout: Layout, ranks: int) -> Cut:
+def cut_stage(schedule: Schedule, sharded: str, layout: Layout, ranks: int) -> Cut:
     """How ``schedule`` cuts a stage that runs with ``sharded`` sharded."""
     dim = schedule.cut_dim(sharded)
     if dim is None:
@@ -31,7 +31,7 @@ def cut(schedule: Schedule, sharded: str, layout: Layout, ranks: int) -> Cut:
     return Cut(dim, chunk_ranges(whole, schedule.chunks[dim], schedule.shrink))
 
 
-def split(x: Tensor, cut: Cut, layout: Layout, rank: int) -> Sequence[Tensor]:
+def take_chunks(x: Tensor, cut: Cut, layout: Layout, rank: int) -> Sequence[Tensor]:
     """The chunks of a rank's activation."""
     if cut.dim is None:
         return [x]

@@ -111,15 +111,15 @@ class Leg:
 
 def begin(legs: list[Leg], x: Tensor) -> tuple[Tensor, ...]:
     """Send ``x`` off on ``legs``; a token for each."""
-    return _Begin.apply(legs, x)
+    return _Departure.apply(legs, x)
 
 
 def end(legs: list[Leg], tokens: list[Tensor]) -> Tensor:
     """Wait for ``legs``, which arrive in one tensor, and return it."""
-    return _End.apply(legs, *tokens)
+    return _Arrival.apply(legs, *tokens)
 
 
-class _Begin(torch.autograd.Function):
+class _Departure(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, legs: list[Leg], x: Tensor) -> tuple[Tensor, ...]:
         ctx.legs = legs
@@ -135,7 +135,7 @@ class _Begin(torch.autograd.Function):
         return None, ctx.legs[0].source.take()
 
 
-class _End(torch.autograd.Function):
+class _Arrival(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, legs: list[Leg], *tokens: Tensor) -> Tensor:
         ctx.legs = legs

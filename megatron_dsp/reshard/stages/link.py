@@ -66,7 +66,7 @@ def _switch_seconds(x: Tensor, group: dist.ProcessGroup, compute: float) -> floa
     dist.barrier(group)
     start = time.perf_counter()
     move = Move(x, 0, 1, shard_ranges(ranks, ranks), shard_ranges(x.shape[1], ranks))
-    end = transport.begin([move], Label(Operation.SWITCH), at_once=False)
+    end = transport.begin([move], Label(Operation.SWITCH.value))
     begun = time.perf_counter()
     if compute:
         _compute(compute, x.device)

@@ -35,33 +35,37 @@ class Overlap(Protocol):
 
 
 @dataclass
-class _OfGroup:
+class _GroupOverlap:
     overlap: Overlap | None = None
     stream_priority: int = -1
     side_streams: dict[torch.device, SideStream] = field(default_factory=dict)
 
 
-_of_groups: weakref.WeakKeyDictionary[dist.ProcessGroup, _OfGroup] = weakref.WeakKeyDictionary()
+_overlaps: weakref.WeakKeyDictionary[dist.ProcessGroup, _GroupOverlap] = weakref.WeakKeyDictionary()
 
 
-def set_overlap(group: dist.ProcessGroup, overlap: Overlap | None, *, stream_priority: int = -1) -> None:
+def set_overlap(group: dist.ProcessGroup, overlap: Overlap | None, *, stream_priority: int | None = None) -> None:
     """Let regions over ``group`` run by ``overlap`` from now on; None: in whole stages. The same on all ranks.
 
-    ``stream_priority`` is that of the CUDA stream on which chunks are packed and unpacked; -1 goes before compute.
+    ``stream_priority`` is that of the CUDA stream on which chunks are packed and unpacked, -1 at first, which goes before
+    compute; None: as it is.
     """
-    _of_groups[group] = _OfGroup(overlap, stream_priority)
+    known = _overlaps.setdefault(group, _GroupOverlap())
+    known.overlap = overlap
+    if stream_priority not in (None, known.stream_priority):
+        known.stream_priority, known.side_streams = stream_priority, {}
 
 
 def overlap_of(group: dist.ProcessGroup) -> Overlap | None:
     """By what regions over ``group`` run; None: in whole stages."""
-    known = _of_groups.get(group)
+    known = _overlaps.get(group)
     return None if known is None else known.overlap
 
 
 @contextmanager
 def whole_stages(group: dist.ProcessGroup) -> Iterator[None]:
     """In the block, regions over ``group`` run in whole stages. The same on all ranks."""
-    known = _of_groups.setdefault(group, _OfGroup())
+    known = _overlaps.setdefault(group, _GroupOverlap())
     usual, known.overlap = known.overlap, None
     try:
         yield
@@ -73,7 +77,7 @@ def side_stream(group: dist.ProcessGroup, device: torch.device) -> SideStream | 
     """The stream on which chunks that travel over ``group`` are packed and unpacked; None where the device has no streams."""
     if device.type != "cuda":
         return None
-    known = _of_groups.setdefault(group, _OfGroup())
+    known = _overlaps.setdefault(group, _GroupOverlap())
     stream = known.side_streams.get(device)
     if stream is None:
         stream = known.side_streams[device] = SideStream(device, known.stream_priority)

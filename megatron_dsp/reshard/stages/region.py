@@ -72,8 +72,8 @@ class Region:
         """By a schedule that is not plain; the first stage has its dim sharded already."""
         exchange = exchange_of(group)
         runs = [list(same) for _, same in groupby(stages, lambda stage: stage.sharded)]  # no switch inside one
-        cuts = [chunks.cut(schedule, same[0].sharded, self.layout, exchange.size) for same in runs]
-        arriving: Iterator[Tensor] = iter(chunks.split(x, cuts[0], self.layout, exchange.rank))
+        cuts = [chunks.cut_stage(schedule, same[0].sharded, self.layout, exchange.size) for same in runs]
+        arriving: Iterator[Tensor] = iter(chunks.take_chunks(x, cuts[0], self.layout, exchange.rank))
         for index, same in enumerate(runs):
             self.layout = self.layout.with_sharded(same[0].sharded)
             cut, last = cuts[index], index == len(runs) - 1
@@ -93,7 +93,9 @@ class Region:
                 break
             if ways[0].target is ways[-1].target:
                 # Nothing else names the whole, which would live on after its chunks.
-                arriving = iter(chunks.split(self.complete(legs.end(ways, done)), cuts[index + 1], self.layout, exchange.rank))
+                arriving = iter(
+                    chunks.take_chunks(self.complete(legs.end(ways, done)), cuts[index + 1], self.layout, exchange.rank)
+                )
             else:
                 # Each is waited for just before it is computed on.
                 arriving = (self.complete(legs.end([way], [token])) for way, token in zip(ways, done, strict=True))

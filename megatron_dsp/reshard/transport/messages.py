@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Sequence
 from typing import NamedTuple, cast
 
@@ -13,23 +12,20 @@ from torch import Tensor
 
 from megatron_dsp.reshard.transport.buffers import BufferPool
 from megatron_dsp.reshard.transport.move import End, Move
+from megatron_dsp.reshard.transport.pieces import Strided, contiguous_strides
 
 _TAG = 0xD5  # keeps switches apart from other messages between the same ranks
 
 
 class Piece(NamedTuple):
-    """A part of one of several tensors: which, from which element on, and how it lies."""
+    """A part of one of several tensors."""
 
     tensor: int
-    start: int
-    shape: tuple[int, ...]
-    strides: tuple[int, ...]
+    place: Strided
 
     def of(self, tensors: Sequence[Tensor]) -> Tensor:
         """The part: a view."""
-        index, start, shape, strides = self
-        tensor = tensors[index]
-        return tensor.as_strided(shape, strides, tensor.storage_offset() + start)
+        return self.place.of(tensors[self.tensor])
 
 
 class Message(NamedTuple):
@@ -123,8 +119,8 @@ def _find(
             for part in runs(move, whole) if move.run_bytes(whole) >= least_run else [whole]:
                 copy = None
                 if not part.is_contiguous():
-                    start = used // part.element_size()
-                    copy = _contiguous(len(tensors) + dtypes.index(part.dtype), start, tuple(part.shape))
+                    place = Strided(used // part.element_size(), tuple(part.shape), contiguous_strides(part.shape))
+                    copy = Piece(len(tensors) + dtypes.index(part.dtype), place)
                     used += -(-part.numel() * part.element_size() // aligned) * aligned
                 messages.append(Message(peer, _piece(index, part, tensor), copy))
     return messages, Staging(tuple(dtypes) if used else (), used)
@@ -140,8 +136,4 @@ def _piece(index: int, part: Tensor, tensor: Tensor) -> Piece:
     """Where ``part`` lies in ``tensor``, the ``index``-th."""
     start, shape = int(part.storage_offset() - tensor.storage_offset()), tuple(part.shape)
     # A tensor of one element is contiguous with any stride, but Gloo wants stride 1.
-    return _contiguous(index, start, shape) if part.is_contiguous() else Piece(index, start, shape, part.stride())
-
-
-def _contiguous(index: int, start: int, shape: tuple[int, ...]) -> Piece:
-    return Piece(index, start, shape, tuple(math.prod(shape[dim + 1 :]) for dim in range(len(shape))))
+    return Piece(index, Strided(start, shape, contiguous_strides(shape) if part.is_contiguous() else part.stride()))

@@ -57,17 +57,26 @@ class Move(NamedTuple):
 End = Callable[[], list[Tensor]]  # waits for what was begun and returns its results; to be called once
 
 
+class Beside(Protocol):
+    """Runs a transport's copies and waits beside compute, on another stream (`SideStream`). Moves have ``into``."""
+
+    def begin(self, transport: Transport, moves: Sequence[Move], label: Label) -> End:
+        """As `Transport.begin`."""
+
+
 class Transport(Protocol):
     """Moves the shards of tensors over the ranks of one group. It knows neither gradients nor stages; all dtypes travel."""
 
     name: str
     buffers: BufferPool  # of results and messages on the CPU
 
-    def begin(self, moves: Sequence[Move], label: Label, *, at_once: bool) -> End:
+    def begin(self, moves: Sequence[Move], label: Label, *, at_once: bool = False, beside: Beside | None = None) -> End:
         """Start one collective that makes all ``moves``; its results are contiguous, those with ``into`` that very memory.
 
-        Several may be under way, begun in the same order on every rank. Sources must not change before the end.
+        Several may be under way, begun in the same order on every rank. Sources must not change before the end, which on CUDA
+        is called with the stream of the begin as the current one.
         ``at_once``: the end is called before anything else is done, so on CUDA all may run in order on the current stream.
+        ``beside``: what packs and unpacks, and waits for the collective, is another stream.
         ``label`` says what it is for, to a transport that wraps another one. A tensor that cannot be moved is a UsageError,
         raised before any rank enters the collective.
         """

@@ -20,7 +20,7 @@ from megatron_dsp.errors import UsageError
 from megatron_dsp.reshard.labels import Label
 from megatron_dsp.reshard.transport.buffers import BufferPool
 from megatron_dsp.reshard.transport.messages import runs
-from megatron_dsp.reshard.transport.move import End, Move
+from megatron_dsp.reshard.transport.move import Beside, End, Move
 
 
 class MpiTransport:
@@ -55,11 +55,13 @@ class MpiTransport:
         self._comm = world.Create_group(members)
         self._rank, self._size = self._comm.rank, self._comm.size
         self.buffers = BufferPool()
-        self._routes: dict[Hashable, tuple[list[_Message], list[_Message]]] = {}
+        self._routes: dict[Hashable, tuple[list[_MpiMessage], list[_MpiMessage]]] = {}
         self._cuda_aware = _is_cuda_aware(MPI.__file__)
         self._word = {1: MPI.UINT8_T, 2: MPI.UINT16_T, 4: MPI.UINT32_T, 8: MPI.UINT64_T, 16: MPI.C_DOUBLE_COMPLEX}
 
-    def begin(self, moves: Sequence[Move], label: Label, *, at_once: bool) -> End:
+    def begin(self, moves: Sequence[Move], label: Label, *, at_once: bool = False, beside: Beside | None = None) -> End:
+        if beside is not None:
+            return beside.begin(self, moves, label)
         moves = [move._replace(x=move.x.contiguous()) for move in moves]
         results = [move.result(self._rank, self.buffers) for move in moves]
         for device in {move.x.device for move in moves if move.x.is_cuda}:
@@ -89,15 +91,15 @@ class MpiTransport:
 
         return end
 
-    def _find_messages(self, moves: list[Move], results: list[Tensor]) -> tuple[list[_Message], list[_Message]]:
+    def _find_messages(self, moves: list[Move], results: list[Tensor]) -> tuple[list[_MpiMessage], list[_MpiMessage]]:
         """Those that this rank sends, and those that it receives; the nearest rank first, in each direction."""
         self._refuse(moves[0].x.device)
         if len(self._routes) >= self._MOST_ROUTES:
             for route in self._routes.values():
                 _free(route)
             self._routes.clear()
-        sends: list[_Message] = []
-        receives: list[_Message] = []
+        sends: list[_MpiMessage] = []
+        receives: list[_MpiMessage] = []
         sources = [move.sources() for move in moves]
         targets = [move.targets(result) for move, result in zip(moves, results, strict=True)]
         for distance in range(self._size):
@@ -115,7 +117,7 @@ class MpiTransport:
                 'transport "torch", or an MPI that was built for CUDA'
             )
 
-    def _messages(self, peer: int, index: int, move: Move, tensor: Tensor, piece: Tensor) -> Iterator[_Message]:
+    def _messages(self, peer: int, index: int, move: Move, tensor: Tensor, piece: Tensor) -> Iterator[_MpiMessage]:
         """Those of one piece of ``tensor``."""
         width, first = tensor.element_size(), tensor.storage_offset()
         if not piece.numel():
@@ -123,22 +125,22 @@ class MpiTransport:
         if move.run_bytes(piece) >= self._LEAST_RUN:
             size = move.run_bytes(piece)
             for run in runs(move, piece):
-                yield _Message(peer, index, int(run.storage_offset() - first) * width, size, size, self._mpi.BYTE)
+                yield _MpiMessage(peer, index, int(run.storage_offset() - first) * width, size, size, self._mpi.BYTE)
         else:
             start = piece.storage_offset() - first
             starts = [start // stride % size for stride, size in zip(tensor.stride(), tensor.shape, strict=True)]
             subarray = self._word[width].Create_subarray(tensor.shape, piece.shape, starts).Commit()
-            yield _Message(peer, index, 0, tensor.numel() * width, 1, subarray)
+            yield _MpiMessage(peer, index, 0, tensor.numel() * width, 1, subarray)
 
 
-def _free(messages: tuple[list[_Message], list[_Message]]) -> None:
+def _free(messages: tuple[list[_MpiMessage], list[_MpiMessage]]) -> None:
     """Free the datatypes; MPI keeps each until the messages under way with it have gone."""
     for message in itertools.chain(*messages):
         if not message.datatype.is_predefined:
             message.datatype.Free()
 
 
-class _Message(NamedTuple):
+class _MpiMessage(NamedTuple):
     """So many elements of a datatype, within ``bytes`` bytes from byte ``start`` on of one of the tensors of a switch."""
 
     peer: int

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -15,11 +16,11 @@ from torch import Tensor
 
 from megatron_dsp.layout import RankRanges
 
-# What elements are copied as where several fit into one: a copy of strided memory takes an element an access.
+# What narrow elements are copied as where several fit into one: a copy of strided memory takes an element an access.
 _WIDE = {16: torch.complex128, 8: torch.int64, 4: torch.int32, 2: torch.int16}
 
 
-class Row(NamedTuple):
+class RankRow(NamedTuple):
     """Ranks in a row whose parts of a dim have one size, and starts that lie ``step`` apart."""
 
     ranks: int
@@ -28,9 +29,10 @@ class Row(NamedTuple):
     size: int
 
 
-def rows(ranges: Sequence[RankRanges]) -> list[tuple[Row, ...]]:
+@lru_cache(maxsize=4096)
+def rows(*ranges: RankRanges) -> tuple[tuple[RankRow, ...], ...]:
     """The ranks in rows that suit all of ``ranges``; for each row, that of each of them."""
-    found: list[tuple[Row, ...]] = []
+    found: list[tuple[RankRow, ...]] = []
     first, ranks = 0, len(ranges[0].parts)
     while first < ranks:
         stop = first + 1
@@ -38,7 +40,7 @@ def rows(ranges: Sequence[RankRanges]) -> list[tuple[Row, ...]]:
             stop += 1
         found.append(tuple(_row(each.parts, first, stop) for each in ranges))
         first = stop
-    return found
+    return tuple(found)
 
 
 def _goes_on(parts: Sequence[tuple[int, int]], first: int, rank: int) -> bool:
@@ -46,9 +48,9 @@ def _goes_on(parts: Sequence[tuple[int, int]], first: int, rank: int) -> bool:
     return same_size and parts[rank][0] - parts[rank - 1][0] == parts[first + 1][0] - parts[first][0]
 
 
-def _row(parts: Sequence[tuple[int, int]], first: int, stop: int) -> Row:
+def _row(parts: Sequence[tuple[int, int]], first: int, stop: int) -> RankRow:
     step = parts[first + 1][0] - parts[first][0] if stop - first > 1 else 0
-    return Row(stop - first, parts[first][0], step, parts[first][1] - parts[first][0])
+    return RankRow(stop - first, parts[first][0], step, parts[first][1] - parts[first][0])
 
 
 class Strided(NamedTuple):
@@ -61,12 +63,10 @@ class Strided(NamedTuple):
     def of(self, tensor: Tensor) -> Tensor:
         """These elements: a view."""
         start, shape, strides = self
-        if start:
-            return tensor.as_strided(shape, strides, tensor.storage_offset() + start)
-        return tensor.as_strided(shape, strides)
+        return tensor.as_strided(shape, strides, tensor.storage_offset() + start)
 
 
-def pieces(x: Tensor, dim: int, row: Row) -> Strided:
+def locate_pieces(x: Tensor, dim: int, row: RankRow) -> Strided:
     """Where the pieces of a row of ranks lie in ``x``: dim 0 counts the ranks, the others are those of ``x``."""
     stride = x.stride(dim)
     shape = (*x.shape[:dim], row.size, *x.shape[dim + 1 :])
@@ -75,17 +75,16 @@ def pieces(x: Tensor, dim: int, row: Row) -> Strided:
 
 def lie_in_order(x: Tensor, dim: int, ranges: RankRanges) -> bool:
     """Whether the ranks' parts of ``dim`` are all of ``x`` and lie one after another in its memory."""
-    starts_and_stops = [number for part in ranges.parts for number in part]
-    whole = starts_and_stops[1:-1:2] == starts_and_stops[2::2] and (starts_and_stops[0], starts_and_stops[-1]) == (
-        0,
-        x.shape[dim],
-    )
+    whole = ranges.consecutive and ranges.total == x.shape[dim]
     # A tensor of one element is contiguous with any stride, but only stride 1 can be viewed as bytes.
     return whole and x.is_contiguous() and math.prod(x.shape[:dim]) == 1 and (x.numel() != 1 or x.view(-1).stride(0) == 1)
 
 
-class Copy(NamedTuple):
-    """A copy between a tensor, the ``tensor``-th of several, and a message, in elements of ``dtype``."""
+class PieceCopy(NamedTuple):
+    """A copy between a tensor, the ``tensor``-th of several, and a message, in elements of ``dtype``.
+
+    ``in_message`` without strides is all of the message.
+    """
 
     tensor: int
     dtype: torch.dtype
@@ -97,12 +96,12 @@ class Side(NamedTuple):
     """What an all-to-all sends, or receives: for each rank its pieces of all tensors, one after another.
 
     Attributes:
-        copies: between the tensors and the message; none: the only tensor is the message, as it lies.
+        copies: between the tensors and the message; None: the only tensor is the message, as it lies.
         size: elements of the message.
         splits: those of each rank.
     """
 
-    copies: tuple[Copy, ...]
+    copies: tuple[PieceCopy, ...] | None
     size: int
     splits: list[int]
 
@@ -111,43 +110,49 @@ def find_side(tensors: Sequence[Tensor], dims: Sequence[int], ranges: Sequence[R
     """The message of elements of ``dtype`` for the ranks' parts of ``dims``."""
     # Where one tensor's pieces follow another's, they start at a multiple of 16 bytes. Alone they leave no gaps, as in place.
     aligned = 16 if len(tensors) > 1 else 1
-    copies: list[Copy] = []
+    copies: list[PieceCopy] = []
     splits: list[int] = []
     used = 0
-    for row in rows(ranges):
-        places = [pieces(x, dim, each) for x, dim, each in zip(tensors, dims, row, strict=True)]
+    for row in rows(*ranges):
+        places = [locate_pieces(x, dim, each) for x, dim, each in zip(tensors, dims, row, strict=True)]
         sizes = [math.prod(place.shape[1:]) * x.element_size() for x, place in zip(tensors, places, strict=True)]
         steps = [-(-size // aligned) * aligned for size in sizes]
         start = used
         for index, (x, place, size, step) in enumerate(zip(tensors, places, sizes, steps, strict=True)):
             if size:
                 width = x.element_size()
-                inner = Strided(start // width, place.shape, (sum(steps) // width, *_contiguous(place.shape[1:])))
-                copies.append(_widened(Copy(index, x.dtype, place, inner), x))
+                inner = Strided(start // width, place.shape, (sum(steps) // width, *contiguous_strides(place.shape[1:])))
+                copies.append(PieceCopy(index, x.dtype, place, inner))
             start += step
         used += sum(steps) * row[0].ranks
         splits += [sum(steps) // dtype.itemsize] * row[0].ranks
+    size = used // dtype.itemsize
     if len(tensors) == 1 and lie_in_order(tensors[0], dims[0], ranges[0]):
-        copies.clear()
-    return Side(tuple(copies), used // dtype.itemsize, splits)
+        return Side(None, size, splits)
+    copies = [_widen(copy, tensors[copy.tensor], used) for copy in copies]
+    if len(tensors) == len(copies) == 1:  # a view of all is made faster than one with strides
+        copies[0] = copies[0]._replace(in_message=copies[0].in_message._replace(strides=()))
+    return Side(tuple(copies), size, splits)
 
 
-def _contiguous(shape: Sequence[int]) -> tuple[int, ...]:
-    strides, step = [], 1
-    for size in reversed(shape):
-        strides.append(step)
-        step *= max(size, 1)
-    return tuple(reversed(strides))
+def contiguous_strides(shape: Sequence[int]) -> tuple[int, ...]:
+    """Those of a contiguous tensor of this shape."""
+    return tuple(math.prod(shape[dim + 1 :]) for dim in range(len(shape)))
 
 
-def _widened(copy: Copy, x: Tensor) -> Copy:
-    """The same copy in the widest elements that fit at both ends."""
+def _widen(copy: PieceCopy, x: Tensor, message_bytes: int) -> PieceCopy:
+    """The same copy in the widest elements that fit at both ends, where those of ``x`` are narrower than 4 bytes.
+
+    The 32 threads of a warp fill lines of 128 bytes with elements of 4; with narrower ones they leave bandwidth unused.
+    """
+    if x.element_size() >= 4:
+        return copy
     for width, dtype in _WIDE.items():
         by = width // x.element_size()
-        if by > 1 and _is_wide(Strided(0, x.shape, x.stride()), by) and is_aligned(x):
+        if by > 1 and message_bytes % width == 0 and _is_wide(Strided(0, x.shape, x.stride()), by) and is_aligned(x):
             ends = copy.in_tensor, copy.in_message
             if all(_is_wide(end, by) for end in ends):
-                return Copy(copy.tensor, dtype, *(_divide(end, by) for end in ends))
+                return PieceCopy(copy.tensor, dtype, *(_divide(end, by) for end in ends))
     return copy
 
 
@@ -172,21 +177,17 @@ def pack(x: Tensor, dim: int, ranges: RankRanges) -> Tensor:
     if lie_in_order(x, dim, ranges):
         return x.view(-1)
     flat = x.new_empty(x.numel())
-    for (row,), part in zip(rows([ranges]), _parts_of(flat, x.shape, dim, ranges), strict=True):
-        part.copy_(pieces(x, dim, row).of(x))
+    for (row,), part in zip(rows(ranges), _parts_of(flat, x.shape, dim, ranges), strict=True):
+        part.copy_(locate_pieces(x, dim, row).of(x))
     return flat
 
 
-def unpack(flat: Tensor, shape: Sequence[int], dim: int, ranges: RankRanges) -> Tensor:
-    """The tensor of this shape whose ranks' parts of ``dim`` lie one after another in ``flat``: a view, or copies."""
-    if math.prod(shape[:dim]) == 1:
-        return flat.view(tuple(shape))
-    x = flat.new_empty(tuple(shape))
-    for (row,), part in zip(rows([ranges]), _parts_of(flat, shape, dim, ranges), strict=True):
-        pieces(x, dim, row).of(x).copy_(part)
-    return x
+def unpack(flat: Tensor, x: Tensor, dim: int, ranges: RankRanges) -> None:
+    """Copy the ranks' parts of ``dim``, which lie one after another in ``flat``, to their places in ``x``."""
+    for (row,), part in zip(rows(ranges), _parts_of(flat, x.shape, dim, ranges), strict=True):
+        locate_pieces(x, dim, row).of(x).copy_(part)
 
 
 def _parts_of(flat: Tensor, shape: Sequence[int], dim: int, ranges: RankRanges) -> list[Tensor]:
-    shapes = [(row.ranks, *shape[:dim], row.size, *shape[dim + 1 :]) for (row,) in rows([ranges])]
+    shapes = [(row.ranks, *shape[:dim], row.size, *shape[dim + 1 :]) for (row,) in rows(ranges)]
     return [part.view(each) for part, each in zip(flat.split([math.prod(each) for each in shapes]), shapes, strict=True)]

@@ -28,18 +28,22 @@ class SideStream:
         ``record_stream``: sources and results until the current stream waits for this one, so that whoever frees them
         later does it in order; messages, allocated here, until this stream waits for their collective.
         """
+        compute = torch.cuda.current_stream(self._stream.device)
         # Sources are computed, and whatever had the results' memory before is through with it.
-        ready = torch.cuda.current_stream(self._stream.device).record_event()
+        ready = compute.record_event()
         self._stream.wait_event(ready)
         with torch.cuda.stream(self._stream):
-            end = transport.begin(moves, label, at_once=False)
+            end = transport.begin(moves, label)
         sources = [move.x for move in moves]
 
         def finish() -> list[torch.Tensor]:
             with torch.cuda.stream(self._stream):
                 results = end()
             done = self._stream.record_event()
-            torch.cuda.current_stream(self._stream.device).wait_event(done)
+            # Memory of sources and results goes back to that of compute, also where the end is called elsewhere, as by a
+            # destructor.
+            for stream in {compute, torch.cuda.current_stream(self._stream.device)}:
+                stream.wait_event(done)
             sources.clear()  # kept until now
             return results
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Hashable, Sequence
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -13,8 +14,8 @@ from megatron_dsp.errors import UsageError
 from megatron_dsp.reshard.labels import Label
 from megatron_dsp.reshard.transport.buffers import BufferPool
 from megatron_dsp.reshard.transport.messages import Messages
-from megatron_dsp.reshard.transport.move import End, Move
-from megatron_dsp.reshard.transport.pieces import Copy, find_side, is_aligned
+from megatron_dsp.reshard.transport.move import Beside, End, Move
+from megatron_dsp.reshard.transport.pieces import PieceCopy, find_side, is_aligned
 
 # torch 2.13 renames it. Its wrapper in Python takes longer than a rank's packing does, to check what holds here already.
 _all_to_all = getattr(dist.ProcessGroup, "all_to_all_single", None) or dist.ProcessGroup.alltoall_base
@@ -43,17 +44,17 @@ class TorchTransport:
         self.buffers = BufferPool()
         self._routes: dict[Hashable, Messages | AllToAll] = {}
 
-    def begin(self, moves: Sequence[Move], label: Label, *, at_once: bool) -> End:
+    def begin(self, moves: Sequence[Move], label: Label, *, at_once: bool = False, beside: Beside | None = None) -> End:
+        if beside is not None:
+            return beside.begin(self, moves, label)
         group = self._group()
         if group is None:  # to torch it would mean the world
             raise RuntimeError("the process group of this switch was destroyed; make a new mesh")
-        key = tuple([
-            (
-                x.shape, x.stride(), x.dtype, x.device, not (x.data_ptr() | x.storage_offset()) & 15,  # type: ignore[operator]
-                gather, split, gather_ranges, split_ranges, None if into is None else (into.shape, is_aligned(into)),
-            )
-            for x, gather, split, gather_ranges, split_ranges, into in moves
-        ])  # fmt: skip
+        key: tuple[object, ...] = ()
+        for x, gather, split, gather_ranges, split_ranges, into in moves:
+            aligned = not (x.data_ptr() | x.storage_offset()) & 15  # type: ignore[operator]
+            key += (x.shape, x.stride(), x.dtype, x.device, aligned, gather, split, gather_ranges, split_ranges)
+            key += (None,) if into is None else (into.shape, is_aligned(into))
         route = self._routes.get(key)
         if route is None:
             if len(self._routes) >= self._MOST_ROUTES:
@@ -92,54 +93,58 @@ class AllToAll:
         if all(move.gather_ranges.even and move.split_ranges.even for move in moves):
             # All ranks see this alike: those that give sizes and those that do not may run different collectives.
             self._sent, self._received = self._sent._replace(splits=[]), self._received._replace(splits=[])
-        self._beside, self._in_order = dist.AllToAllOptions(), dist.AllToAllOptions()
-        self._beside.asyncOp, self._in_order.asyncOp = True, False
+        self._asynchronous, self._in_order = dist.AllToAllOptions(), dist.AllToAllOptions()
+        self._asynchronous.asyncOp, self._in_order.asyncOp = True, False
 
     def begin(self, moves: Sequence[Move], group: dist.ProcessGroup, buffers: BufferPool, at_once: bool) -> End:
         """As `Transport.begin`. Memory is from torch's allocator, which knows streams; ``buffers`` are the CPU's."""
+        xs, results = [], []
+        for (x, _, _, _, _, into), shape in zip(moves, self._shapes, strict=True):
+            xs.append(x)
+            results.append(x.new_empty(shape) if into is None else into)
         sent, received, dtype = self._sent, self._received, self._dtype
-        xs = [move.x for move in moves]
-        x, results = xs[0], []
-        for move, shape in zip(moves, self._shapes, strict=True):
-            results.append(move.x.new_empty(shape) if move.into is None else move.into)
-        message = x.new_empty(sent.size, dtype=dtype) if sent.copies else _flat(x, dtype)
-        for copy in sent.copies:
-            in_message, piece = _ends(copy, message, xs)
-            in_message.copy_(piece)
-        arriving = x.new_empty(received.size, dtype=dtype) if received.copies else _flat(results[0], dtype)
+        if sent.copies is None:
+            message = _flat(x, dtype)
+        else:
+            message = x.new_empty(sent.size, dtype=dtype)
+            for copy in sent.copies:
+                in_message, piece = _ends(copy, message, xs)
+                in_message.copy_(piece)
+        arriving = _flat(results[0], dtype) if received.copies is None else x.new_empty(received.size, dtype=dtype)
         # Where it ends at once, NCCL runs it on the current stream, in order with the copies: no events.
-        options = self._in_order if at_once else self._beside
+        options = self._in_order if at_once else self._asynchronous
         work = _all_to_all(group, arriving, message, received.splits, sent.splits, options)
-        if at_once:
-            if work is not None:
-                work.wait()
-            self._unpack(arriving, results)
-            return lambda: results
-        kept = [message, *xs]  # on CUDA the collective runs on another stream
-
-        def end() -> list[Tensor]:
+        if not at_once:
+            # What is sent too: on CUDA the collective runs on another stream.
+            return partial(self._end, work, arriving, results, [message, *xs])
+        if work is not None:
             work.wait()
-            kept.clear()
+        if received.copies:
             self._unpack(arriving, results)
-            return results
+        return lambda: results
 
-        return end
+    def _end(self, work: dist.Work, arriving: Tensor, results: list[Tensor], sent: list[Tensor]) -> list[Tensor]:
+        work.wait()
+        sent.clear()  # kept until now
+        self._unpack(arriving, results)
+        return results
 
     def _unpack(self, arriving: Tensor, results: list[Tensor]) -> None:
-        for copy in self._received.copies:
+        for copy in self._received.copies or ():
             in_message, piece = _ends(copy, arriving, results)
             piece.copy_(in_message)
 
 
-def _ends(copy: Copy, message: Tensor, tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+def _ends(copy: PieceCopy, message: Tensor, tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     """Where elements lie in the message, and in the tensor."""
-    index, dtype, in_tensor, in_message = copy
+    index, dtype, (start, shape, strides), (at, _, steps) = copy
     tensor = tensors[index]
     if tensor.dtype is not dtype:
         tensor = tensor.view(dtype)
     if message.dtype is not dtype:
         message = message.view(dtype)
-    return in_message.of(message), in_tensor.of(tensor)
+    piece = tensor.as_strided(shape, strides, tensor.storage_offset() + start) if start else tensor.as_strided(shape, strides)
+    return message.as_strided(shape, steps, at) if steps else message.view(shape), piece
 
 
 def _flat(x: Tensor, dtype: torch.dtype) -> Tensor:
