@@ -23,10 +23,10 @@ from megatron_dsp.reshard.exchange import (
     Members,
     bytes_to_others,
     elements_to_others,
-    exchange_named,
     exchange_of,
+    find_exchange,
     in_words,
-    plain,
+    resolve_flags,
     whole_in_words,
 )
 from megatron_dsp.reshard.labels import Label, profile_range
@@ -68,7 +68,7 @@ def describe(operator: Any, arguments: Sequence[Any]) -> tuple[Exchange, Label, 
     if operator not in _describe:
         return None
     *about, group, operation, kind, number = arguments
-    exchange = exchange_named(group)
+    exchange = find_exchange(group)
     return exchange, Label(operation, kind, number), _describe[operator](exchange, *about)
 
 
@@ -100,7 +100,7 @@ def _define(schema: str, run: Callable, infer: Callable, described: Callable[...
 
 
 def _run_switch(xs: list[Tensor], gather: int, split: int, sizes: list[int], group: str, *what: Any) -> list[Tensor]:
-    exchange, label = exchange_named(group), Label(*what)
+    exchange, label = find_exchange(group), Label(*what)
     moves, sent = [], 0
     for x, size in zip(xs, sizes, strict=True):
         key = x.shape, gather, split, size
@@ -129,7 +129,7 @@ def _find_switch(
 
 
 def _infer_switch(xs: list[Tensor], gather: int, split: int, sizes: list[int], group: str, *what: Any) -> list[Tensor]:
-    members = exchange_named(group).members
+    members = find_exchange(group).members
     results = []
     for x, size in zip(xs, sizes, strict=True):
         whole, sharded = check_switch(members, x, gather, split, size)
@@ -157,10 +157,10 @@ switch = _define(
 
 
 def _run_gather(x: Tensor, dim: int, size: int, group: str, *what: Any) -> Tensor:
-    exchange, label = exchange_named(group), Label(*what)
+    exchange, label = find_exchange(group), Label(*what)
     if exchange.agreement is not None:
         exchange.agreement.check(in_words(label, whole_in_words(x, dim, size), f"dim {dim}"))
-    send, ranges = plain(x).contiguous().view(-1), shard_ranges(size, exchange.size)
+    send, ranges = resolve_flags(x).contiguous().view(-1), shard_ranges(size, exchange.size)
     whole = x.new_empty(_whole(x, dim, size))
     in_order = math.prod(whole.shape[:dim]) == 1
     received = whole.view(-1) if in_order else send.new_empty(whole.numel())
@@ -203,14 +203,14 @@ gather = _define(f"gather(Tensor x, int dim, SymInt size, {_WHERE}) -> Tensor", 
 
 
 def _run_reduce_scatter(x: Tensor, dim: int, group: str, *what: Any) -> Tensor:
-    exchange, label = exchange_named(group), Label(*what)
+    exchange, label = find_exchange(group), Label(*what)
     size, ranks = x.shape[dim], exchange.size
     if exchange.agreement is not None:
         exchange.agreement.check(in_words(label, whole_in_words(x, dim, size), f"dim {dim}"))
     ranges = shard_ranges(size, ranks)
     start, stop = ranges.parts[exchange.rank]
     shape = _whole(x, dim, stop - start)
-    send = pack(plain(x), dim, ranges)
+    send = pack(resolve_flags(x), dim, ranges)
     exchange.count(label, _sent_by_reduce_scatter(exchange, x, dim))
     if size % ranks == 0:
         received = send.new_empty(torch.Size(shape).numel())
@@ -225,7 +225,7 @@ def _run_reduce_scatter(x: Tensor, dim: int, group: str, *what: Any) -> Tensor:
 
 
 def _infer_reduce_scatter(x: Tensor, dim: int, group: str, *what: Any) -> Tensor:
-    members = exchange_named(group).members
+    members = find_exchange(group).members
     return x.new_empty(_whole(x, dim, shard_sizes(x.shape[dim], members.size)[members.rank]))
 
 
@@ -251,10 +251,10 @@ reduce_scatter = _define(
 
 
 def _run_all_reduce(x: Tensor, group: str, *what: Any) -> Tensor:
-    exchange, label = exchange_named(group), Label(*what)
+    exchange, label = find_exchange(group), Label(*what)
     if exchange.agreement is not None:
         exchange.agreement.check(in_words(label, f"{list(x.shape)} {x.dtype}"))
-    total = plain(x).clone(memory_format=torch.contiguous_format)
+    total = resolve_flags(x).clone(memory_format=torch.contiguous_format)
     dist.all_reduce(total, group=exchange.group)
     exchange.count(label, ring_all_reduce_bytes(x.nbytes, exchange.size))
     return total

@@ -38,7 +38,7 @@ def describe_transport(group: dist.ProcessGroup) -> str:
     return f"{exchange.transport.name}: {exchange.transport_reason}"
 
 
-def exchange_named(name: str) -> Exchange:
+def find_exchange(name: str) -> Exchange:
     """The exchange of the group whose ``group_name`` this is: what a compiled graph can hold."""
     exchange = _by_name.get(name)
     if exchange is None:
@@ -107,7 +107,7 @@ class Exchange:
                     "only from one device: convert it first"
                 )
             if x.is_conj() or x.is_neg():
-                moves[index] = move._replace(x=plain(x))
+                moves[index] = move._replace(x=resolve_flags(x))
         if self.agreement is not None:
             self.agreement.check(in_words(label, *_moves_in_words(moves)))
         end = self.transport.begin(moves, label, at_once=at_once, beside=beside)
@@ -131,7 +131,7 @@ def elements_to_others(move: Move, rank: int) -> int:
     return move.x.numel() // max(move.x.shape[move.split], 1) * (move.split_ranges.total - (stop - start))
 
 
-def plain(x: Tensor) -> Tensor:
+def resolve_flags(x: Tensor) -> Tensor:
     """``x`` without a pending conjugation or minus sign, which its bytes do not show."""
     return x.resolve_conj().resolve_neg()
 

@@ -88,6 +88,6 @@ def profile_range(what: str, stage: StageName = _NO_STAGE) -> AbstractContextMan
     return torch.profiler.record_function(str(shown))
 
 
-def range_named(name: str) -> ProfileRange | None:
+def find_range(name: str) -> ProfileRange | None:
     """The range of this name in a profile of this process; None: it is none of ours."""
     return _shown.get(name)

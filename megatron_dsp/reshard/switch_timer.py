@@ -72,7 +72,7 @@ class TimedTransport:
 
 
 @contextmanager
-def timed_switches(group: dist.ProcessGroup, timer: SwitchTimer) -> Iterator[None]:
+def time_switches(group: dist.ProcessGroup, timer: SwitchTimer) -> Iterator[None]:
     """In the block, ``timer`` adds up the switches over ``group``."""
     exchange = exchange_of(group)
     usual = exchange.transport

@@ -14,7 +14,7 @@ import torch.distributed as dist
 
 from megatron_dsp.mesh import Mesh
 from megatron_dsp.reshard import ledger
-from megatron_dsp.reshard.switch_timer import SwitchTimer, timed_switches
+from megatron_dsp.reshard.switch_timer import SwitchTimer, time_switches
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ class Meter:
     @contextmanager
     def step(self, forward_flops: int) -> Iterator[None]:
         """The block is a training step; ``forward_flops`` are those of this data rank's micro-batches."""
-        with timed_switches(self._group, self._switches), ledger() as moved:
+        with time_switches(self._group, self._switches), ledger() as moved:
             yield
         self._switches.collect()
         rows = [row for row in moved.rows if row.group == self._group.group_desc]

@@ -18,7 +18,7 @@ from torch.autograd import DeviceType
 from torch.autograd.profiler_util import FunctionEvent
 from torch.profiler import ProfilerActivity
 
-from megatron_dsp.reshard.labels import ProfileRange, range_named
+from megatron_dsp.reshard.labels import ProfileRange, find_range
 
 _BACKWARD = "autograd::engine::evaluate_function: "
 
@@ -58,7 +58,7 @@ def seconds_by_kind(events: Iterable[FunctionEvent], on_device: bool) -> dict[st
     events = sorted(
         (event for event in events if event.device_type == DeviceType.CPU), key=lambda event: event.time_range.start
     )
-    ranges = {id(event): range_named(event.name) for event in events if event.is_user_annotation}
+    ranges = {id(event): find_range(event.name) for event in events if event.is_user_annotation}
     stages = [event for event in events if (shown := ranges.get(id(event))) is not None and shown.what == "stage"]
     nodes = _stages_of_nodes(events, stages)
     seconds: dict[str, float] = defaultdict(float)

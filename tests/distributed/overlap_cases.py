@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import megatron_dsp as dsp
+from megatron_dsp import reshard
 from megatron_dsp.layout import Layout
 from megatron_dsp.reshard import FixedOverlap, Region, Stage, set_overlap
 from megatron_dsp.reshard.exchange import exchange_of
@@ -217,7 +218,7 @@ def run_case(case: Case, parts: list[Part], group: dist.ProcessGroup | None) -> 
 
     def half(stages: list[Part], start: str, number: int, x: Tensor) -> Tensor:
         def run(x: Tensor) -> Tensor:
-            return forward(case, stages, Region(case.layout(start), group), seen[number], x)
+            return forward(case, stages, reshard.Region(case.layout(start), group), seen[number], x)
 
         return checkpoint(run, x, use_reentrant=False) if case.around else run(x)
 

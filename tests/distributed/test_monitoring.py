@@ -229,7 +229,7 @@ def _slow_stages() -> dict[str, tuple[float, float]]:
     y = _Slow.apply(torch.ones(4, 2, 4, requires_grad=True), 0.4, 0.4)  # of no stage
     with profile_range("stage", StageName("spatial", 0)):
         y = _Slow.apply(y, 0.02, 0.04 * (1 + group.rank()))
-    y = dsp.switch(y, gather=0, split=2, size=8, group=group, stage="temporal 0")
+    y = dsp.switch(y, gather=0, split=2, size=8, group=group, stage=StageName("temporal", 0))
     for index in range(2):
         with profile_range("stage", StageName("temporal", index)):
             y = _Slow.apply(y, 0.03, 0.05)

@@ -26,7 +26,8 @@ from overlap_cases import (
 from overlap_transports import LateMessages, LateTransport, RecordingTransport, mutated, unraisable
 from torch import Tensor, nn
 
-from megatron_dsp.reshard import FixedOverlap, Region, Stage, set_overlap
+from megatron_dsp import reshard
+from megatron_dsp.reshard import FixedOverlap, Stage, set_overlap
 from megatron_dsp.reshard.exchange import exchange_of
 from megatron_dsp.reshard.stages import legs, region
 from megatron_dsp.reshard.transport import messages, torch_transport
@@ -79,7 +80,7 @@ def twice() -> list[str]:
         case, parts = small(along, kind="identity", chain=("space", "time", "space"), start="space", channels=(2,) * 4)
         set_overlap(dist.group.WORLD, FixedOverlap(3, along=along))
         x = torch.randn_like(case.shard(case.tensors(2, 1, 1)[0], "space")).requires_grad_()
-        y = forward(case, parts, Region(case.layout("space"), dist.group.WORLD), [], x)
+        y = forward(case, parts, reshard.Region(case.layout("space"), dist.group.WORLD), [], x)
         first, second = (torch.autograd.grad(y, x, torch.full_like(y, n), retain_graph=True)[0] for n in (1.0, 2.0))
         if not ((first == 1).all() and (second == 2).all()):
             wrong.append(f"{along}: {first.unique()}, {second.unique()}")
@@ -132,7 +133,7 @@ def orders() -> list[str]:
             Stage(partial(compute, nn.Linear(2, 2), name), sharded) for name, sharded in zip("tsu", SMALL.chain, strict=True)
         ]
         shape = [size // 2 if dim == "time" else size for dim, size in zip(SMALL.dims, SMALL.sizes, strict=True)]
-        y = Region(SMALL.layout("time"), dist.group.WORLD).run(stages, torch.randn(*shape, 2), independent="batch")
+        y = reshard.Region(SMALL.layout("time"), dist.group.WORLD).run(stages, torch.randn(*shape, 2), independent="batch")
         forward = len(log)
         y.sum().backward()
         actual = [" ".join(part) for part in (log[:forward], log[forward:])]

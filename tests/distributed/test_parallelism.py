@@ -93,7 +93,7 @@ def _identity(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
 
 def _own_slice(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
     dim, group, _ = ctx.reverse
-    exchange = mappings.collectives.exchange_named(group)
+    exchange = mappings.collectives.find_exchange(group)
     return gradient.narrow(dim, *_start_and_length(gradient.shape[dim], exchange.size, exchange.rank)).contiguous()
 
 
@@ -115,7 +115,7 @@ def _slice_summed(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
 
 def _others_zero(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
     dim, size, group, *_ = ctx.reverse
-    exchange = mappings.collectives.exchange_named(group)
+    exchange = mappings.collectives.find_exchange(group)
     ranks, rank = exchange.size, exchange.rank
     whole = gradient.new_zeros([size if index == dim else own for index, own in enumerate(gradient.shape)])
     whole.narrow(dim, *_start_and_length(size, ranks, rank)).copy_(gradient)
