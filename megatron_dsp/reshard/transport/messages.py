@@ -58,10 +58,9 @@ class Messages:
 
     def __init__(self, moves: Sequence[Move], rank: int, least_run: int):
         """Of moves with these shapes, strides and dtypes."""
-        xs, pool = [move.x for move in moves], BufferPool()
-        results = [move.result(rank, pool) for move in moves]
+        xs, results = [move.x for move in moves], [move.result_like(rank) for move in moves]
+        self._shapes = [result.shape for result in results]
         sources, targets = [move.sources() for move in moves], [move.targets(r) for move, r in zip(moves, results, strict=True)]
-        self._rank = rank
         self._sends, self._send_staging = _find(moves, xs, sources, rank, 1, least_run)
         self._receives, self._receive_staging = _find(moves, results, targets, rank, -1, least_run)
         self._own = [
@@ -71,8 +70,11 @@ class Messages:
 
     def begin(self, moves: Sequence[Move], group: dist.ProcessGroup, buffers: BufferPool, at_once: bool) -> End:
         """As `Transport.begin`."""
-        results = [move.result(self._rank, buffers) for move in moves]
         sources = [move.x for move in moves]
+        results = [
+            buffers.empty(shape, move.x.dtype, move.x.device) if move.into is None else move.into
+            for move, shape in zip(moves, self._shapes, strict=True)
+        ]
         receives, sends = [], []
         memory = self._receive_staging.after(results, buffers)
         for peer, piece, copy in self._receives:

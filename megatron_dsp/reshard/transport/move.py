@@ -28,18 +28,19 @@ class Move(NamedTuple):
     split_ranges: RankRanges
     into: Tensor | None = None
 
-    def result_shape(self, rank: int) -> tuple[int, ...]:
-        """The shape of what ``rank`` holds afterwards."""
+    def result_like(self, rank: int) -> Tensor:
+        """A tensor that lies as what ``rank`` holds afterwards, without memory where that is not there yet."""
         if self.into is not None:
-            return tuple(self.into.shape)
+            return self.into
         shape = list(self.x.shape)
         start, stop = self.split_ranges.parts[rank]
         shape[self.gather], shape[self.split] = self.gather_ranges.parts[-1][1], stop - start
-        return tuple(shape)
+        return self.x.new_empty(shape, device="meta")
 
     def result(self, rank: int, buffers: BufferPool) -> Tensor:
         """Memory for what ``rank`` holds afterwards; contiguous."""
-        return buffers.empty(self.result_shape(rank), self.x.dtype, self.x.device) if self.into is None else self.into
+        like = self.result_like(rank)
+        return buffers.empty(like.shape, like.dtype, self.x.device) if self.into is None else self.into
 
     def sources(self) -> list[Tensor]:
         """For each rank, the piece of ``x`` that goes to it."""

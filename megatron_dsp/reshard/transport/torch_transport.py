@@ -83,10 +83,8 @@ class AllToAll:
         xs, dtypes = [move.x for move in moves], {move.x.dtype for move in moves}
         only = dtypes.pop() if len(moves) == 1 else torch.uint8
         self._dtype = only if only in _SENT_AS_THEY_ARE else torch.uint8
-        self._shapes = [move.result_shape(rank) for move in moves]
-        results = [
-            x.new_empty(shape) if m.into is None else m.into for x, m, shape in zip(xs, moves, self._shapes, strict=True)
-        ]
+        results = [move.result_like(rank) for move in moves]
+        self._shapes = [result.shape for result in results]
         self._sent = find_side(xs, [move.split for move in moves], [move.split_ranges for move in moves], self._dtype)
         places = [move.gather for move in moves], [move.gather_ranges for move in moves]
         self._received = find_side(results, *places, self._dtype)
