@@ -13,7 +13,7 @@ from torch import Tensor
 from megatron_dsp.parallelize.pattern import Pattern
 from megatron_dsp.reshard import gather, split, switch
 
-_Key = TypeVar("_Key", bound=Hashable)
+_ChangeKey = TypeVar("_ChangeKey", bound=Hashable)
 
 
 @dataclass(frozen=True)
@@ -54,14 +54,16 @@ class LayoutChange:
         return LayoutChange(x, pattern, self.sizes, source, target, 0 if source is None else self.size)
 
 
-def change_layouts(changes: Mapping[_Key, LayoutChange], group: dist.ProcessGroup, stage: str) -> dict[_Key, Tensor]:
+def change_layouts(
+    changes: Mapping[_ChangeKey, LayoutChange], group: dist.ProcessGroup, stage: str
+) -> dict[_ChangeKey, Tensor]:
     """Each tensor in its new layout, by keep, switch, split or gather; collective.
 
     Those whose shards move between dims of the same places are switched in one collective.
     """
     parts = {(key, index): part for key, change in changes.items() for index, part in enumerate(change.parts()[0])}
-    done: dict[tuple[_Key, int], Tensor] = {}
-    switches: dict[tuple[int, int, int], list[tuple[_Key, int]]] = {}
+    done: dict[tuple[_ChangeKey, int], Tensor] = {}
+    switches: dict[tuple[int, int, int], list[tuple[_ChangeKey, int]]] = {}
     for key, part in parts.items():
         x, pattern, source, target = part.x, part.pattern, part.source, part.target
         if source == target:

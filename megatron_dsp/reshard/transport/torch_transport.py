@@ -25,10 +25,8 @@ _SENT_AS_THEY_ARE = (torch.float32, torch.bfloat16, torch.float16, torch.float64
 
 
 class TorchTransport:
-    """In place at an end where a message lies in order, by a copy where it does not. So a switch from or to the outermost dim
-    copies each element once.
-
-    How a switch travels depends on shapes alone: it is found once, and kept.
+    """In place at an end where one tensor's pieces lie in order, by a copy where they do not. So a switch of one tensor from or
+    to the outermost dim copies each element once. How it travels depends on shapes alone: it is found once, and kept.
     """
 
     name = "torch"
