@@ -14,7 +14,7 @@ def shard_sizes(size: int, parts: int) -> list[int]:
     """The sizes of all shards of a dim of ``size`` elements over ``parts`` ranks; they sum to ``size``, some may be 0."""
     if size < 0 or parts < 1:
         raise ValueError(f"cannot shard size={size} over parts={parts}: size must be >= 0 and parts >= 1")
-    small, larger = divmod(size, parts)
+    small, larger = size // parts, size % parts  # not divmod, which a compiler's symbols do not have
     return [small + (rank < larger) for rank in range(parts)]
 
 
@@ -22,7 +22,7 @@ def shard_range(size: int, parts: int, rank: int) -> tuple[int, int]:
     """The half-open range ``(start, stop)`` of global indices that ``rank`` of ``parts`` holds."""
     if size < 0 or not 0 <= rank < parts:
         raise ValueError(f"no shard of size={size} for rank={rank} of parts={parts}: needs size >= 0, 0 <= rank < parts")
-    small, larger = divmod(size, parts)
+    small, larger = size // parts, size % parts
     start = rank * small + min(rank, larger)
     return start, start + small + (rank < larger)
 

@@ -1,6 +1,6 @@
 """The collectives, each once: how it runs, its fake for compilers, and what it moves, side by side.
 
-They are torch operators, which torch.compile keeps in its graphs, and name their group by its ``group_name``. They have no
+They are torch operators, which torch.compile keeps in its graphs, and name their group by `Members.name`. They have no
 gradients of their own: primitives.py and the tensor axis's mappings hold each beside its adjoint. Bytes are moved as bytes, so
 every dtype travels, bitwise; only sums know their dtype.
 """
@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from megatron_dsp.errors import UsageError
-from megatron_dsp.layout import RankRanges, shard_ranges, shard_sizes
+from megatron_dsp.layout import RankRanges, shard_range, shard_ranges
 from megatron_dsp.reshard.exchange import (
     Exchange,
     Members,
@@ -134,7 +134,7 @@ def _infer_switch(xs: list[Tensor], gather: int, split: int, sizes: list[int], g
     for x, size in zip(xs, sizes, strict=True):
         whole, sharded = check_switch(members, x, gather, split, size)
         shape = list(x.shape)
-        shape[whole], shape[sharded] = size, shard_sizes(x.shape[sharded], members.size)[members.rank]
+        shape[whole], shape[sharded] = size, _own_size(members, x.shape[sharded])
         results.append(x.new_empty(shape))
     return results
 
@@ -226,12 +226,12 @@ def _run_reduce_scatter(x: Tensor, dim: int, group: str, *what: Any) -> Tensor:
 
 def _infer_reduce_scatter(x: Tensor, dim: int, group: str, *what: Any) -> Tensor:
     members = find_exchange(group).members
-    return x.new_empty(_whole(x, dim, shard_sizes(x.shape[dim], members.size)[members.rank]))
+    return x.new_empty(_whole(x, dim, _own_size(members, x.shape[dim])))
 
 
 def _sent_by_reduce_scatter(exchange: Exchange, x: Tensor, dim: int) -> int:
     size = x.shape[dim]
-    own = shard_sizes(size, exchange.size)[exchange.rank]
+    own = _own_size(exchange.members, size)
     return x.nbytes // size * (size - own) if size else 0
 
 
@@ -324,13 +324,19 @@ def check_dim(x: Tensor, dim: int, name: str) -> int:
 
 def check_shard(members: Members, x: Tensor, dim: int, size: int, operation: str) -> None:
     """Errors: ValueError where ``x`` does not hold this rank's shard of ``dim``, of global size ``size``."""
-    own = shard_sizes(size, members.size)[members.rank]
+    own = _own_size(members, size)
     if x.shape[dim] != own:
         raise ValueError(
             f"{operation}: rank {members.rank} of {members.size} in group {members.description!r} holds {x.shape[dim]} of dim "
             f"{dim} (shape {tuple(x.shape)}), but its shard of size={size} is {own}; size is the global size of "
             "the sharded dim, and shards follow dsp.shard_sizes"
         )
+
+
+def _own_size(members: Members, size: int) -> int:
+    """Of this rank's shard."""
+    start, stop = shard_range(size, members.size, members.rank)
+    return stop - start
 
 
 def _whole(x: Tensor, dim: int, size: int) -> tuple[int, ...]:

@@ -28,7 +28,8 @@ def exchange_of(group: dist.ProcessGroup) -> Exchange:
     """The one exchange of ``group``."""
     exchange = _exchanges.get(group)
     if exchange is None:
-        exchange = _exchanges[group] = _by_name[group.group_name] = Exchange(group)
+        exchange = _exchanges[group] = Exchange(group)
+        _by_name[exchange.members.name] = exchange
     return exchange
 
 
@@ -39,7 +40,7 @@ def describe_transport(group: dist.ProcessGroup) -> str:
 
 
 def find_exchange(name: str) -> Exchange:
-    """The exchange of the group whose ``group_name`` this is: what a compiled graph can hold."""
+    """The exchange whose `Members.name` this is: what a compiled graph can hold."""
     exchange = _by_name.get(name)
     if exchange is None:
         raise RuntimeError(f"the process group {name!r} was destroyed; make a new mesh")
@@ -54,7 +55,7 @@ def open_exchanges() -> list[Exchange]:
 class Members(NamedTuple):
     """What primitives need of a group; constants to torch.compile."""
 
-    name: str  # the group_name, by which operators find the group
+    name: str  # by which operators find the group
     description: str
     size: int
     rank: int
@@ -77,7 +78,9 @@ class Exchange:
         self.size = group.size()
         self.rank = group.rank()
         self.description = group.group_desc
-        self.members = Members(group.group_name, self.description, self.size, self.rank)
+        # With rank and size: what a compiler keeps on the disk for one rank is not taken for another's, or for another world's.
+        name = f"{group.group_name} rank {self.rank} of {self.size}"
+        self.members = Members(name, self.description, self.size, self.rank)
         self.transport: Transport = TorchTransport(group)
         self.transport_reason = "no config was given"
         self.agreement: Agreement | None = None

@@ -138,8 +138,7 @@ class _ReduceScatterTo(torch.autograd.Function):
 
 @torch.compiler.assume_constant_result
 def _name(group: dist.ProcessGroup) -> str:
-    exchange_of(group)  # operators find it by name
-    return group.group_name
+    return exchange_of(group).members.name
 
 
 def _check(x: Tensor, dim: int, size: int, group: dist.ProcessGroup, mapping: str) -> int:

@@ -190,7 +190,7 @@ class World:
 
     def switch(self, xs: list[Tensor], gather: int, split: int, sizes: list[int]) -> list[Tensor]:
         """A whole switch, without gradients."""
-        return collectives.switch(xs, gather, split, sizes, self.group.group_name, *LABEL)
+        return collectives.switch(xs, gather, split, sizes, self.exchange.members.name, *LABEL)
 
 
 @pytest.fixture
@@ -309,7 +309,7 @@ def _stream_calls_of_a_whole_switch(world: World) -> list[str]:
     x = _strided().fill_(1).requires_grad_()
     gradient = torch.ones(rows // 2, 2 * columns, dtype=torch.float64, device="cuda")
     torch.cuda.synchronize()
-    where = world.group.group_name, *LABEL
+    where = world.exchange.members.name, *LABEL
 
     class Switch(torch.autograd.Function):
         @staticmethod
