@@ -17,7 +17,7 @@ from megatron_dsp.reshard.transport.messages import Messages
 from megatron_dsp.reshard.transport.move import Beside, End, Move
 from megatron_dsp.reshard.transport.pieces import PieceCopy, find_side, is_aligned
 
-# torch 2.13 renames it. Its wrapper in Python takes longer than a rank's packing does, to check what holds here already.
+# torch 2.13 renames it. Its wrapper in Python takes the host about as long as packing, to check what holds here already.
 _all_to_all = getattr(dist.ProcessGroup, "all_to_all_single", None) or dist.ProcessGroup.alltoall_base
 
 # What every backend takes as it is; of other dtypes the bytes travel.
