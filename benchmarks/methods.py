@@ -27,7 +27,7 @@ from megatron_dsp.models.block_runner import DIMS, attention_over_ranks
 from megatron_dsp.models.embeddings import time_rotations
 from megatron_dsp.models.video_dit import Block
 from megatron_dsp.models.video_dit_config import VideoDiTConfig
-from megatron_dsp.reshard import FixedOverlap, Overlap, Region, Stage, overlap_of, set_overlap
+from megatron_dsp.reshard import Activation, Ends, FixedOverlap, Overlap, Region, Stage, overlap_of, set_overlap
 from megatron_dsp.reshard.exchange import exchange_of
 from megatron_dsp.reshard.exposed import NoTransport
 from megatron_dsp.reshard.transport.move import Transport
@@ -185,8 +185,11 @@ class Dsp(Method):
         region = Region(self.layout, self.group)
         stages = []
         for index, (spatial, temporal) in enumerate(self.pairs):
-            stages.append(Stage(partial(self._spatial, region, spatial), "time", "spatial", number=index))
-            stages.append(Stage(partial(self._temporal, region, temporal), "space", "temporal", number=index))
+            for compute, block, sharded, kind in (
+                (self._spatial, spatial, "time", "spatial"),
+                (self._temporal, temporal, "space", "temporal"),
+            ):
+                stages.append(Stage(partial(compute, region, block), sharded, kind, number=index, has_ends=True))
         # What follows the last pair wants its frames back.
         return region.run([*stages, Stage(lambda x: x, "time", "head")], x, independent="batch")
 
@@ -194,11 +197,11 @@ class Dsp(Method):
     def settled(self) -> bool:
         return self.overlap is None or self.group.size() == 1 or bool(self.overlap.decisions)
 
-    def _spatial(self, region: Region, block: nn.Module, x: Tensor) -> Tensor:
-        return block(x, *self._sides(region))
+    def _spatial(self, region: Region, block: nn.Module, x: Activation, ends: Ends) -> Activation:
+        return block(x, *self._sides(region), ends=ends)
 
-    def _temporal(self, region: Region, block: nn.Module, x: Tensor) -> Tensor:
-        return block(x, *self._sides(region), region.local(self.work.rotations, dim=0, name="time"))
+    def _temporal(self, region: Region, block: nn.Module, x: Activation, ends: Ends) -> Activation:
+        return block(x, *self._sides(region), region.local(self.work.rotations, dim=0, name="time"), ends=ends)
 
     def _sides(self, region: Region) -> tuple[Tensor, ...]:
         modulation = region.local(self.work.modulation, dim=0, name="time")

@@ -19,7 +19,7 @@ from megatron_dsp.tensor import TensorParallel
 
 Over = Literal["space", "time", "all"]  # what an attention's tokens are: those of a frame, of a place, or of the whole clip
 
-# Does what a module's forward does (x and rotations are its arguments) where the dim that it attends over is sharded.
+# From x [T, B, S, C] and rotations to [T, B, S, C] by a module's weights, where the dim that it attends over is sharded.
 OverRanks = Callable[["SelfAttention", Tensor, Tensor | None], Tensor]
 
 
@@ -63,24 +63,29 @@ class SelfAttention(nn.Module):
         self.key_norm: nn.Module = HeadNorm(hidden // heads, tensor) if qk_norm else nn.Identity()
         self.out = tensor.row(hidden, hidden)
 
-    def forward(self, x: Tensor, rotations: Tensor | None = None, over_ranks: OverRanks | None = None) -> Tensor:
-        """Attend in x [T, B, S, C]; ``rotations`` (complex, [T, 1, 1, 1, D / 2]) turn queries and keys.
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, rotations: Tensor | None = None) -> Tensor:
+        """From what `to_heads` gives of all of the dim, [T, B, S, H, D], to [T, B, S, C].
 
-        ``over_ranks`` attends where the dim itself is sharded (`megatron_dsp.embedded`); without it, x has all of the dim.
+        ``rotations`` (complex, [T, 1, 1, 1, D / 2]) turn queries and keys.
         """
-        if over_ranks is not None:
-            return over_ranks(self, x, rotations)
-        return self.finish(self.attend(*self.project(x, rotations)))
+        return self.finish(self.attend(*self.place(query, key, value, rotations)))
 
-    def project(self, x: Tensor, rotations: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys and values [T, B, S, H, D] of x."""
+    def to_heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values [T, B, S, H, D] of x [T, B, S, C], each token's alone."""
         x = self.tensor.enter(x)
-        query = self.query_norm(self.query(x).unflatten(-1, self.head_shape))
-        key = self.key_norm(self.key(x).unflatten(-1, self.head_shape))
-        value = self.value(x).unflatten(-1, self.head_shape)
+        query, key, value = (layer(x).unflatten(-1, self.head_shape) for layer in (self.query, self.key, self.value))
+        return query, key, value
+
+    def place(self, query: Tensor, key: Tensor, value: Tensor, rotations: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries and keys as they meet: normalised and turned."""
+        query, key = self.query_norm(query), self.key_norm(key)
         if rotations is not None:
             query, key = rotate(query, rotations), rotate(key, rotations)
         return query, key, value
+
+    def project(self, x: Tensor, rotations: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """What `attend` takes, [T, B, S, H, D], of x [T, B, S, C]."""
+        return self.place(*self.to_heads(x), rotations)
 
     def finish(self, attended: Tensor) -> Tensor:
         """From attended values [T, B, S, H, D] to [T, B, S, C]."""

@@ -19,7 +19,7 @@ from megatron_dsp.models.attention import Over, OverRanks, SelfAttention
 from megatron_dsp.models.embeddings import time_rotations
 from megatron_dsp.models.video_dit_config import VideoDiTConfig
 from megatron_dsp.planner import Attention, ChainPlan, StageNeeds, cheapest_plan
-from megatron_dsp.reshard import FixedOverlap, Region, Stage, overlap_of, switch
+from megatron_dsp.reshard import WHOLE_ENDS, Activation, Ends, FixedOverlap, Region, Stage, overlap_of, switch
 from megatron_dsp.tensor import TensorParallel
 
 DIMS = ("time", "batch", "space", "channels")
@@ -107,13 +107,22 @@ class BlockRunner(NamedTuple):
         for index, part in enumerate(parts, start=first):
             sharded = layouts[index + 1]
             if index == len(block_dims):
-                stages.append(Stage(partial(self._run_head, part, region, time), sharded, "head"))
+                stages.append(Stage(partial(self._run_head, part, region, time), sharded, "head", has_ends=self._has_ends))
             else:
                 over = block_dims[index]
                 over_ranks = self._choose_attention(over, sharded, layout)
                 compute = partial(self._run_block, part, over, region, sides, over_ranks)
-                mixes = over_ranks is not None
-                stages.append(Stage(compute, sharded, _BLOCK_NAMES[over], mixes_sharded=mixes, number=index // 2))
+                stages.append(
+                    Stage(
+                        compute,
+                        sharded,
+                        _BLOCK_NAMES[over],
+                        mixes_sharded=over_ranks is not None,
+                        number=index // 2,
+                        has_ends=self._has_ends,
+                        recomputes=self.recompute,
+                    )
+                )
         x = region.run(stages, x, independent="batch")
         at_head, at_end = layouts[-2:]
         if first + len(parts) > len(block_dims) and at_head != at_end:
@@ -121,6 +130,11 @@ class BlockRunner(NamedTuple):
             gather, split = DIMS.index(at_head), DIMS.index(at_end)
             x = switch(x, gather=gather, split=split, size=layout.sizes[gather], group=self.group, stage="output")
         return x
+
+    @property
+    def _has_ends(self) -> bool:
+        """Whether what treats tokens alone gives as many as it gets: not where tensor ranks have shards of them."""
+        return self.tensor.sequence_dim is None
 
     def _choose_attention(self, over: Over, sharded: str, layout: Layout) -> OverRanks | None:
         """What attends over ``over`` where ``sharded`` is a part of it that is sharded; None: the block has all of it."""
@@ -135,8 +149,9 @@ class BlockRunner(NamedTuple):
         region: Region,
         sides: tuple[Tensor, Tensor, Tensor, Tensor],
         over_ranks: OverRanks | None,
-        x: Tensor,
-    ) -> Tensor:
+        x: Activation,
+        ends: Ends = WHOLE_ENDS,
+    ) -> Activation:
         modulation, tokens, mask, rotations = sides
         local = [
             _local_part(region, modulation, "time", "batch"),
@@ -146,11 +161,17 @@ class BlockRunner(NamedTuple):
         if over != "space":
             local.append(_local_part(region, rotations, "time"))
         if self.recompute and torch.is_grad_enabled():
-            return checkpoint(block, x, *local, over_ranks=over_ranks, use_reentrant=False)
-        return block(x, *local, over_ranks=over_ranks)
+            return checkpoint(block, x, *local, over_ranks=over_ranks, ends=ends, use_reentrant=False)
+        return block(x, *local, over_ranks=over_ranks, ends=ends)
 
-    def _run_head(self, head: nn.Module, region: Region, time: Tensor, x: Tensor) -> Tensor:
-        return head(self.tensor.whole(x), _local_part(region, time, "time", "batch"))
+    def _run_head(self, head: nn.Module, region: Region, time: Tensor, x: Activation, ends: Ends = WHOLE_ENDS) -> Activation:
+        time = _local_part(region, time, "time", "batch")
+
+        def enter(x: Tensor) -> tuple[Tensor]:
+            of_frames = ends.local(ends.local(time, dim=0, name="time"), dim=1, name="batch")
+            return (head(self.tensor.whole(x), of_frames),)
+
+        return ends.leave(lambda patches: patches, *ends.enter(enter, x))
 
 
 def _local_part(region: Region, side: Tensor, *names: str) -> Tensor:

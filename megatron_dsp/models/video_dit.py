@@ -28,6 +28,7 @@ from megatron_dsp.models.embeddings import (
 )
 from megatron_dsp.models.norms import layer_norm
 from megatron_dsp.models.video_dit_config import VideoDiTConfig, check_inputs
+from megatron_dsp.reshard import WHOLE_ENDS, Activation, Ends
 from megatron_dsp.tensor import ColumnParallelLinear, RowParallelLinear, TensorParallel, initialise
 
 # 720m and 3b have as many parameters as the models that the DSP paper trains (arXiv 2403.10266), for T5-XXL's text tokens
@@ -65,13 +66,14 @@ class Block(nn.Module):
 
     def forward(
         self,
-        x: Tensor,
+        x: Activation,
         modulation: Tensor,
         tokens: Tensor,
         mask: Tensor,
         rotations: Tensor | None = None,
         over_ranks: OverRanks | None = None,
-    ) -> Tensor:
+        ends: Ends = WHOLE_ENDS,
+    ) -> Activation:
         """Run the block on x [T, B, S, C], all of the dim that it attends over and any part of the other.
 
         Args:
@@ -81,12 +83,30 @@ class Block(nn.Module):
             mask: [B, L], bool, True = attend, at least one a sample.
             rotations: rotary positions of the frames, [T, 1, 1, 1, head size / 2], complex; not for attention over space.
             over_ranks: attention where x has a shard of a dim that the block attends over.
+            ends: how tokens enter and leave, where ``x`` and what is returned may be on their way.
         """
         table = self.tensor.beside(self.modulation_table) + modulation.unflatten(-1, self.modulation_table.shape)
         shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = table.unsqueeze(2).unbind(3)  # each [T, B, 1, C]
-        x = torch.addcmul(x, gate, self.self_attention(modulated_norm(x, shift, scale), rotations, over_ranks))
-        x = x + self.cross_attention(x, tokens, mask)
-        return torch.addcmul(x, mlp_gate, self.mlp(self.tensor.enter(modulated_norm(x, mlp_shift, mlp_scale))))
+
+        def of_frames(side: Tensor) -> Tensor:
+            return ends.local(ends.local(side, dim=0, name="time"), dim=1, name="batch")
+
+        def enter(x: Tensor) -> tuple[Tensor, ...]:
+            normed = modulated_norm(x, of_frames(shift), of_frames(scale))
+            return (x, normed) if over_ranks is not None else (x, *self.self_attention.to_heads(normed))
+
+        def leave(x: Tensor) -> Tensor:
+            normed = modulated_norm(x, of_frames(mlp_shift), of_frames(mlp_scale))
+            return torch.addcmul(x, of_frames(mlp_gate), self.mlp(self.tensor.enter(normed)))
+
+        whole, *parts = ends.enter(enter, x)
+        if over_ranks is None:
+            attended = self.self_attention(*parts, rotations)
+        else:
+            (normed,) = parts
+            attended = over_ranks(self.self_attention, normed, rotations)
+        whole = torch.addcmul(whole, gate, attended)
+        return ends.leave(leave, whole + self.cross_attention(whole, tokens, mask))
 
     def reset_parameters(self) -> None:
         """Begin as the identity where the modulation is 0 (adaLN-zero, arXiv 2212.09748)."""

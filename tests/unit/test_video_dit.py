@@ -141,7 +141,7 @@ def test_a_block_equals_its_definition() -> None:
     def norm(y: Tensor) -> Tensor:
         return (y - y.mean(-1, keepdim=True)) / (y.var(-1, unbiased=False, keepdim=True) + 1e-6).sqrt()
 
-    y = x + gate * block.self_attention(norm(x) * (1 + scale) + shift)
+    y = x + gate * block.self_attention(*block.self_attention.to_heads(norm(x) * (1 + scale) + shift))
     y = y + block.cross_attention(y, tokens, mask)
     y = y + mlp_gate * block.mlp(norm(y) * (1 + mlp_scale) + mlp_shift)
     torch.testing.assert_close(block(x, modulation, tokens, mask), y, rtol=1e-12, atol=1e-12)

@@ -14,24 +14,24 @@ from megatron_dsp.reshard.stages.schedule import SHARDED, Schedule, chunk_ranges
 from megatron_dsp.reshard.stages.stage import Stage
 
 
-class Cut(NamedTuple):
+class StageChunks(NamedTuple):
     """A stage's chunks: of the dim named ``dim``, each rank's global indices in each chunk. None: one chunk, the whole."""
 
     dim: str | None
     ranges: Sequence[RankRanges]
 
 
-def cut_stage(schedule: Schedule, sharded: str, layout: Layout, ranks: int) -> Cut:
+def cut_stage(schedule: Schedule, sharded: str, layout: Layout, ranks: int) -> StageChunks:
     """How ``schedule`` cuts a stage that runs with ``sharded`` sharded."""
     dim = schedule.cut_dim(sharded)
     if dim is None:
-        return Cut(None, [all_ranges(0, ranks)])
+        return StageChunks(None, [all_ranges(0, ranks)])
     size = layout.size(dim)
     whole = shard_ranges(size, ranks) if dim == sharded else all_ranges(size, ranks)
-    return Cut(dim, chunk_ranges(whole, schedule.chunks[dim], schedule.shrink))
+    return StageChunks(dim, chunk_ranges(whole, schedule.chunks[dim], schedule.shrink))
 
 
-def take_chunks(x: Tensor, cut: Cut, layout: Layout, rank: int) -> Sequence[Tensor]:
+def take_chunks(x: Tensor, cut: StageChunks, layout: Layout, rank: int) -> Sequence[Tensor]:
     """The chunks of a rank's activation."""
     if cut.dim is None:
         return [x]
@@ -40,7 +40,9 @@ def take_chunks(x: Tensor, cut: Cut, layout: Layout, rank: int) -> Sequence[Tens
     return x.split([stop - start for start, stop in parts], layout.index(cut.dim))
 
 
-def legs_to(stage: Stage, exchange: Exchange, layout: Layout, cut: Cut, following: Cut, schedule: Schedule) -> list[Leg]:
+def legs_to(
+    stage: Stage, exchange: Exchange, layout: Layout, cut: StageChunks, following: StageChunks, schedule: Schedule
+) -> list[Leg]:
     """The legs of the switch from ``layout``, cut as ``cut`` says, to that of ``stage``, cut as ``following`` says."""
     gather, split = layout.sharded or "", stage.sharded
     whole = {dim: shard_ranges(layout.size(dim), exchange.size) for dim in (gather, split)}

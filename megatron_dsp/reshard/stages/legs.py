@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from megatron_dsp.errors import UsageError
 from megatron_dsp.layout import RankRanges
 from megatron_dsp.reshard.exchange import Exchange, bytes_to_others
 from megatron_dsp.reshard.labels import Label, Operation, StageName, profile_range
@@ -70,9 +71,21 @@ class Leg:
         self._stage = stage
         self._end: End | None = None
         self._source_shape: list[int] = []
+        # Whether the stage that it leaves, or reaches, is computed again in backward: it travels once all the same.
+        self.begins_again = self.ends_again = False
+        self._begun = False
+        self._kept: Tensor | None = None  # what has arrived, for a stage that is computed again
 
     def begin(self, x: Tensor) -> None:
-        """Send ``x`` off."""
+        """Send ``x`` off; not again where it is computed again."""
+        if self._begun and not self.begins_again:
+            raise UsageError(
+                f"what leaves for stage {str(self._stage)!r} was computed twice in one pass, as by activation checkpointing "
+                "within the stage before it: say so there by Stage(..., has_ends=True, recomputes=True)"
+            )
+        if self._begun:
+            return
+        self._begun = True
         self._source_shape = list(x.shape)
         shape = list(x.shape)
         gather, split = self._dims
@@ -84,10 +97,21 @@ class Leg:
 
     def begin_back(self, gradient: Tensor) -> None:
         """Send the gradient of the target off."""
+        self._kept = None
         into = self.source.open(self._source_shape, gradient, self._exchange)
         gather, split = self._dims
         gather_ranges, split_ranges = self._ranges
         self._begin(Move(gradient, split, gather, split_ranges, gather_ranges, into), Operation.SWITCH_ADJOINT)
+
+    def arrive(self) -> Tensor:
+        """Wait for what was sent off, and return the target; again where it is computed on again."""
+        if self._kept is None:
+            self.wait()
+            target = self.target.take()
+            if not self.ends_again:
+                return target
+            self._kept = target.detach()  # the target itself will hold the graph that holds this leg
+        return self._kept.detach()
 
     def _begin(self, move: Move, operation: Operation) -> None:
         exchange, label = self._exchange, Label(operation.value, *self._stage)
@@ -139,9 +163,9 @@ class _Arrival(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, legs: list[Leg], *tokens: Tensor) -> Tensor:
         ctx.legs = legs
-        for leg in legs:
+        for leg in legs[1:]:
             leg.wait()
-        return legs[0].target.take()
+        return legs[0].arrive()
 
     @staticmethod
     @once_differentiable

@@ -59,7 +59,7 @@ class MeasuredOverlap:
         return [str(trial.decision) for trial in self._trials.values() if trial.decision is not None]
 
     def choose(
-        self, layout: Layout, group: dist.ProcessGroup, sharded: Sequence[str], x: Tensor, independent: str | None
+        self, layout: Layout, group: dist.ProcessGroup, sharded: Sequence[str], x: Tensor, independent: str | None, ends: bool
     ) -> Schedule:
         """The schedule of this pass. Collective over ``agree`` when a decision is due."""
         trial = self._trials.setdefault((layout.dims, layout.sizes, tuple(sharded), x.dtype, x.device), _Trial())

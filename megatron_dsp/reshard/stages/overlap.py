@@ -14,7 +14,7 @@ from torch import Tensor
 
 from megatron_dsp.errors import UsageError
 from megatron_dsp.layout import Layout
-from megatron_dsp.reshard.stages.schedule import SHARDED, Schedule
+from megatron_dsp.reshard.stages.schedule import SHARDED, Schedule, What
 from megatron_dsp.reshard.transport.side_stream import SideStream
 
 
@@ -26,11 +26,11 @@ class Overlap(Protocol):
         """The schedules that were decided for, and why, in the order of deciding."""
 
     def choose(
-        self, layout: Layout, group: dist.ProcessGroup, sharded: Sequence[str], x: Tensor, independent: str | None
+        self, layout: Layout, group: dist.ProcessGroup, sharded: Sequence[str], x: Tensor, independent: str | None, ends: bool
     ) -> Schedule:
         """The schedule of a pass of ``x``, which lies as ``layout`` says, through stages with these dims sharded.
 
-        ``independent`` is a dim that none of them mixes or has sharded.
+        ``independent`` is a dim that none of them mixes or has sharded. ``ends``: some of them have ends, which can be cut.
         """
 
 
@@ -87,12 +87,14 @@ def side_stream(group: dist.ProcessGroup, device: torch.device) -> SideStream | 
 class FixedOverlap:
     """``chunks`` chunks, or as many as the smallest shard has elements. Attributes as those of `Schedule`.
 
-    ``along`` None: the dim that no stage mixes where it is as large as ``chunks``, since both ends of its switches are hidden;
-    else each stage's own. ``shrink`` None: equal slices of the former, chunks of half of the one before of the latter.
+    ``cut`` None: the ends of stages where some have ends, else whole stages. ``along`` None: of ends, the largest dim that some
+    stage has sharded. Of whole stages, the dim that no stage mixes where it is as large as ``chunks``, since both ends of its
+    switches are hidden; else each stage's own. ``shrink`` None: chunks of half of the one before where the last one travels
+    alone, equal ones else.
     """
 
-    def __init__(self, chunks: int, *, along: str | None = None, shrink: float | None = None):
-        self.chunks, self.along, self.shrink = chunks, along, shrink
+    def __init__(self, chunks: int, *, along: str | None = None, shrink: float | None = None, cut: What | None = None):
+        self.chunks, self.along, self.shrink, self.cut = chunks, along, shrink, cut
         self._schedules: dict[str, None] = {}
 
     @property
@@ -101,29 +103,44 @@ class FixedOverlap:
         return list(self._schedules)
 
     def choose(
-        self, layout: Layout, group: dist.ProcessGroup, sharded: Sequence[str], x: Tensor, independent: str | None
+        self, layout: Layout, group: dist.ProcessGroup, sharded: Sequence[str], x: Tensor, independent: str | None, ends: bool
     ) -> Schedule:
         """The same for every pass. Errors: UsageError for a dim along which no stage can be cut."""
         sharded = list(dict.fromkeys(sharded))
+        cut: What = self.cut or ("ends" if ends and self.along in (None, *layout.dims[:-1]) else "stages")
         along = self.along
-        if along is None:
-            along = independent if independent and layout.size(independent) >= self.chunks else SHARDED
-        if along not in (SHARDED, independent, *sharded):
+        if cut != "stages":
+            along = along or max(sharded, key=layout.size)
+            possible = layout.dims[:-1]
+        else:
+            if along is None:
+                along = independent if independent and layout.size(independent) >= self.chunks else SHARDED
+            possible = (SHARDED, *([independent] if independent else []), *sharded)
+        if along not in possible:
             raise UsageError(
                 f"overlap along {along!r}: the stages have {', '.join(sharded)} sharded, and the dim that none mixes is "
-                f"{independent}; choose one of these, or {SHARDED!r}"
+                f"{independent}; choose one of {', '.join(possible)}"
             )
-        shrink = self.shrink if self.shrink is not None else (1.0 if along == independent else 0.5)
-        schedule = schedule_of(layout, sharded, group.size(), along, independent, self.chunks, shrink)
+        alone = cut == "leave" or (cut == "stages" and along != independent)
+        shrink = self.shrink if self.shrink is not None else (0.5 if alone else 1.0)
+        schedule = schedule_of(layout, sharded, group.size(), along, independent, self.chunks, shrink, cut)
         schedule = replace(schedule, reason="as asked for")
         self._schedules[str(schedule)] = None
         return schedule
 
 
 def schedule_of(
-    layout: Layout, sharded: Sequence[str], ranks: int, along: str, independent: str | None, chunks: int, shrink: float
+    layout: Layout,
+    sharded: Sequence[str],
+    ranks: int,
+    along: str,
+    independent: str | None,
+    chunks: int,
+    shrink: float,
+    cut: What = "stages",
 ) -> Schedule:
     """The schedule of ``chunks`` chunks, or as many as there are elements in the smallest shard of a dim to cut."""
     dims = list(dict.fromkeys(sharded)) if along == SHARDED else [along]
-    least = {dim: layout.size(dim) // (1 if dim == independent else ranks) for dim in dims}
-    return Schedule(along, along == independent, {dim: max(1, min(chunks, size)) for dim, size in least.items()}, shrink)
+    least = {dim: layout.size(dim) // (ranks if dim in sharded else 1) for dim in dims}
+    counts = {dim: max(1, min(chunks, size)) for dim, size in least.items()}
+    return Schedule(along, along == independent, counts, shrink, cut)

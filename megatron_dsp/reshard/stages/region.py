@@ -16,6 +16,7 @@ from megatron_dsp.reshard import primitives
 from megatron_dsp.reshard.exchange import exchange_of
 from megatron_dsp.reshard.labels import StageName, profile_range
 from megatron_dsp.reshard.stages import chunks, legs
+from megatron_dsp.reshard.stages.ends import WHOLE_ENDS, Activation, ChunkedEnds, Way, find_way
 from megatron_dsp.reshard.stages.overlap import overlap_of
 from megatron_dsp.reshard.stages.schedule import Schedule
 from megatron_dsp.reshard.stages.stage import Stage
@@ -49,7 +50,7 @@ class Region:
     def run(self, stages: Sequence[Stage], x: Tensor, *, independent: str | None = None) -> Tensor:
         """Run ``stages`` on ``x`` in turn, each with its dim sharded; the result has the last one's sharded.
 
-        With an overlap for the group, stages run in chunks, whose switches travel while the next chunks compute.
+        With an overlap for the group, stages or their ends run in chunks, whose switches travel while other chunks compute.
         ``independent`` names a dim that no stage mixes, as the batch's.
         """
         if stages:
@@ -59,14 +60,35 @@ class Region:
             overlap, dims = overlap_of(self.group), [stage.sharded for stage in stages]
             if overlap is not None and len(set(dims)) > 1 and not any(stage.mixes_sharded for stage in stages):
                 # A dim that a stage has sharded cannot be sliced for all of them.
-                schedule = overlap.choose(self.layout, self.group, dims, x, None if independent in dims else independent)
+                free = None if independent in dims else independent
+                schedule = overlap.choose(self.layout, self.group, dims, x, free, any(stage.has_ends for stage in stages))
                 if not schedule.plain:
-                    return self._run_in_chunks(self.group, stages, x, schedule)
+                    run = self._run_in_chunks if schedule.cut == "stages" else self._run_with_ends
+                    return run(self.group, stages, x, schedule)
         for stage in stages:
             x = self.shard(x, stage.sharded, stage=stage.label)
-            with profile_range("stage", stage.label):
-                x = stage.compute(x)
+            x = _compute(stage, x)
         return x
+
+    def _run_with_ends(self, group: dist.ProcessGroup, stages: Sequence[Stage], x: Tensor, schedule: Schedule) -> Tensor:
+        """By a schedule that cuts the ends of stages; the first stage has its dim sharded already."""
+        exchange = exchange_of(group)
+        way: Way | None = None
+        at: Activation = x
+        for stage, following in zip(stages, [*stages[1:], None], strict=True):
+            self.layout = self.layout.with_sharded(stage.sharded)
+            arrival, way = way, None
+            if following is not None and following.sharded != stage.sharded:
+                way = find_way(stage, following, exchange, self.layout, schedule)
+            ends = ChunkedEnds(schedule.along, arrival, way, self.part, self.complete)
+            with profile_range("stage", stage.label):
+                if stage.has_ends:
+                    at = stage.compute(at, ends)
+                else:
+                    (whole,) = ends.enter(lambda x: (x,), at)
+                    at = ends.leave(lambda x: x, stage.compute(whole))
+        assert isinstance(at, Tensor)  # nothing leaves the last stage
+        return at
 
     def _run_in_chunks(self, group: dist.ProcessGroup, stages: Sequence[Stage], x: Tensor, schedule: Schedule) -> Tensor:
         """By a schedule that is not plain; the first stage has its dim sharded already."""
@@ -82,8 +104,7 @@ class Region:
             for number, chunk in enumerate(arriving):
                 with self._on_chunk(cut.dim, cut.ranges[number].parts[exchange.rank]):
                     for stage in same:
-                        with profile_range("stage", stage.label):
-                            chunk = stage.compute(chunk)
+                        chunk = _compute(stage, chunk)
                 if last:
                     done.append(chunk)
                 else:
@@ -144,3 +165,8 @@ class Region:
             yield
         finally:
             self._chunk = {}
+
+
+def _compute(stage: Stage, x: Tensor) -> Tensor:
+    with profile_range("stage", stage.label):
+        return stage.compute(x, WHOLE_ENDS) if stage.has_ends else stage.compute(x)

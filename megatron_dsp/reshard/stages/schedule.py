@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
+from typing import Literal
 
 from megatron_dsp.layout import RankRanges
 
 SHARDED = "sharded"
+
+What = Literal["stages", "leave", "ends"]
 
 
 @dataclass(frozen=True)
@@ -16,13 +19,17 @@ class Schedule:
     """How the stages between two layouts run.
 
     Attributes:
-        along: "sharded": each stage is cut along the dim that is sharded while it runs, and its chunks leave as they are done
-            (the last one travels alone). The name of a dim that some stage has sharded: those stages are cut along it, and
-            their chunks arrive and leave one by one. The name of another dim, which no stage mixes (batch): all stages run in
-            slices of it, and both ends of each switch are hidden.
+        along: where whole stages are cut, "sharded": each along the dim that is sharded while it runs, and its chunks leave as
+            they are done (the last one travels alone). The name of a dim that some stage has sharded: those stages are cut
+            along it, and their chunks arrive and leave one by one. The name of another dim, which no stage mixes (batch): all
+            stages run in slices of it, and both ends of each switch are hidden. Where the ends of stages are cut, the name of
+            any dim but the last.
         independent: whether ``along`` is such a dim.
         chunks: how many, for each dim that is cut. None or 1 is plain: whole stages, and switches between them.
         shrink: the size of a chunk over that of the one before it. Below 1, the one that travels alone is small.
+        cut: what runs in chunks. "stages": whole stages. "leave": what treats tokens alone at the end of a stage, whose chunks
+            leave as they are done. "ends": that, and what treats tokens alone at the beginning of the next stage, where they
+            arrive one by one; both ends of each switch are hidden, and what mixes tokens stays whole.
         reason: why this schedule was chosen.
     """
 
@@ -30,6 +37,7 @@ class Schedule:
     independent: bool = False
     chunks: Mapping[str, int] = field(default_factory=dict)
     shrink: float = 1.0
+    cut: What = "stages"
     reason: str = field(default="", compare=False)
 
     @property
@@ -38,7 +46,9 @@ class Schedule:
         return all(count == 1 for count in self.chunks.values())
 
     def cut_dim(self, sharded: str) -> str | None:
-        """The dim along which a stage is cut that runs with ``sharded`` sharded; None where it runs whole."""
+        """The dim along which a whole stage is cut that runs with ``sharded`` sharded; None where it runs whole."""
+        if self.cut != "stages":
+            return None
         dim = sharded if self.along == SHARDED else self.along
         return dim if (dim == sharded or self.independent) and self.chunks.get(dim, 1) > 1 else None
 
@@ -47,7 +57,8 @@ class Schedule:
             text = "whole stages"
         else:
             cuts = ", ".join(f"{count} chunks of {dim}" for dim, count in self.chunks.items() if count > 1)
-            text = cuts if self.shrink == 1.0 else f"{cuts}, each {self.shrink:g} of the one before"
+            where = {"stages": "", "leave": " where tokens leave", "ends": " at both ends of switches"}[self.cut]
+            text = (cuts if self.shrink == 1.0 else f"{cuts}, each {self.shrink:g} of the one before") + where
         return f"{text}: {self.reason}" if self.reason else text
 
 
