@@ -184,7 +184,7 @@ class Mutation(NamedTuple):
 VALUES = ("late_values", "late_values_read_early")
 WAIT_FOR_ARRIVALS = """        for leg in legs:
             leg.wait()
-        return legs[0].target.take()
+        return legs[0].take()
 """
 WAIT_FOR_GRADIENTS = """        for leg in ctx.legs:
             leg.wait()
@@ -203,7 +203,7 @@ MUTATIONS = {
     "arrivals: no wait": Mutation(
         legs,
         WAIT_FOR_ARRIVALS,
-        "        return legs[0].target.take()\n",
+        "        return legs[0].take()\n",
         VALUES,
         "A stage computes on memory into which nothing has come yet.",
     ),
@@ -224,7 +224,7 @@ MUTATIONS = {
     "arrivals: read before the wait": Mutation(
         legs,
         WAIT_FOR_ARRIVALS,
-        "        arrived = legs[0].target.take().clone()\n" + WAIT_FOR_ARRIVALS.replace("legs[0].target.take()", "arrived"),
+        "        arrived = legs[0].take().clone()\n" + WAIT_FOR_ARRIVALS.replace("legs[0].take()", "arrived"),
         VALUES,
         "All transfers are waited for, but what is given on was read before.",
     ),

@@ -22,10 +22,10 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_dsp.reshard.labels import Label
-from megatron_dsp.reshard.transport import side_stream, torch_transport
+from megatron_dsp.reshard.transport import side_streams, torch_transport
 from megatron_dsp.reshard.transport.buffers import BufferPool
 from megatron_dsp.reshard.transport.move import Beside, End, Move
-from megatron_dsp.reshard.transport.side_stream import SideStream
+from megatron_dsp.reshard.transport.side_streams import SideStreams
 from megatron_dsp.reshard.transport.torch_transport import TorchTransport
 
 
@@ -273,27 +273,41 @@ def changed(module: ModuleType, *changes: tuple[str, str]) -> ModuleType:
     return copy
 
 
-def _side_stream(fault: str, *changes: tuple[str, str]) -> type[SideStream]:
-    made = changed(side_stream, *changes).SideStream
+def _side_streams(fault: str, *changes: tuple[str, str]) -> type[SideStreams]:
+    made = changed(side_streams, *changes).SideStreams
     made.__name__ = fault  # in names of tests
     return made
 
 
-_ENTER = "with torch.cuda.stream(self._stream):\n"
-_DONE = "            done = self._stream.record_event()\n"
-_ENDS = f"            {_ENTER}                results = end()\n"
+_PACK = "        with torch.cuda.stream(self._packing):\n            end = tr"
+_DONE = "            done = self._unpacking.record_event()\n"
+_UNPACK = "            with torch.cuda.stream(self._unpacking):\n"
+_ENDS = f"{_UNPACK}                results = end()  # this stream waits for the collective\n"
 
 # Made when this is imported, so that a test run without a GPU finds changes that no longer fit the source.
-COMPUTE_NOT_WAITED_FOR = _side_stream("compute is not waited for", ("        self._stream.wait_event(ready)\n", ""))
-RESULTS_NOT_WAITED_FOR = _side_stream("results are not waited for", ("stream.wait_event(done)", "pass"))
-DONE_BEFORE_THE_END = _side_stream("done before the end", (_ENDS + _DONE, _DONE + _ENDS))
-SOURCES_FORGOTTEN = _side_stream(
+COMPUTE_NOT_WAITED_FOR = _side_streams(
+    "compute is not waited for", ("        self._packing.wait_event(compute.record_event())\n", "")
+)
+PACKING_NOT_WAITED_FOR = _side_streams("packing is not waited for", ("            self._unpacking.wait_event(begun)\n", ""))
+RESULTS_NOT_WAITED_FOR = _side_streams("results are not waited for", ("stream.wait_event(done)", "pass"))
+MESSAGES_REUSED = _side_streams(
+    "packing reuses messages", ("torch.cuda.current_stream(device), self._packing}", "torch.cuda.current_stream(device)}")
+)
+DONE_BEFORE_THE_END = _side_streams("done before the end", (_ENDS + _DONE, _DONE + _ENDS))
+SOURCES_FORGOTTEN = _side_streams(
     "sources are forgotten", ("        def finish()", "        sources.clear()\n\n        def finish()")
 )
-ON_THE_CURRENT_STREAM = _side_stream(
-    "on the current stream", (f"        {_ENTER}            end = tr", "        if True:\n            end = tr")
+ON_THE_CURRENT_STREAM = _side_streams(
+    "on the current stream", (_PACK, "        if True:\n            end = tr"), (_UNPACK, "            if True:\n")
 )
-THE_DEFAULT_STREAM = _side_stream(
+ONE_STREAM = _side_streams(
+    "one stream",
+    (
+        "self._packing, self._unpacking = (torch.cuda.Stream(device, priority=priority) for _ in range(2))",
+        "self._packing = self._unpacking = torch.cuda.Stream(device, priority=priority)",
+    ),
+)
+THE_DEFAULT_STREAM = _side_streams(
     "the default stream for the current one",
     ("compute = torch.cuda.current_stream", "compute = torch.cuda.default_stream"),
     ("{compute, torch.cuda.current_stream", "{compute, torch.cuda.default_stream"),

@@ -18,7 +18,10 @@ from one_card import (
     COMPUTE_NOT_WAITED_FOR,
     DONE_BEFORE_THE_END,
     MESSAGES_FORGOTTEN,
+    MESSAGES_REUSED,
     ON_THE_CURRENT_STREAM,
+    ONE_STREAM,
+    PACKING_NOT_WAITED_FOR,
     REAL_TRANSPORT,
     RESULTS_NOT_WAITED_FOR,
     SOURCES_FORGOTTEN,
@@ -50,7 +53,7 @@ from megatron_dsp.reshard.stages import overlap
 from megatron_dsp.reshard.stages.legs import Landing, Leg
 from megatron_dsp.reshard.transport import torch_transport
 from megatron_dsp.reshard.transport.move import Move
-from megatron_dsp.reshard.transport.side_stream import SideStream
+from megatron_dsp.reshard.transport.side_streams import SideStreams
 from megatron_dsp.tensor import TensorParallel
 
 MISSING = missing(1)
@@ -76,12 +79,12 @@ def _is(x: Tensor, value: float) -> bool:
     return bool((x == value).all())
 
 
-# --- One switch on the side stream. A scenario gives whether all went right.
+# --- One switch on the side streams. A scenario gives whether all went right.
 
-Scenario = Callable[[SideStream, int], bool]
+Scenario = Callable[[SideStreams, int], bool]
 
 
-def _source_is_late(side: SideStream, cycles: int) -> bool:
+def _source_is_late(side: SideStreams, cycles: int) -> bool:
     x, into = _full(torch.nan), _full(torch.nan)
     torch.cuda.synchronize()
     torch.cuda._sleep(cycles)
@@ -90,21 +93,47 @@ def _source_is_late(side: SideStream, cycles: int) -> bool:
     return _is(y.clone(), 1)
 
 
-def _packing_is_late(side: SideStream, cycles: int) -> bool:
+def _packing_is_late(side: SideStreams, cycles: int) -> bool:
     x, into = _full(1), _full(torch.nan)
     torch.cuda.synchronize()
     (y,) = side.begin(Copies(before_begin=cycles), [_move(x, into)], LABEL)()
     return _is(y.clone(), 1)
 
 
-def _unpacking_is_late(side: SideStream, cycles: int) -> bool:
+def _unpacking_is_late(side: SideStreams, cycles: int) -> bool:
     x, into = _full(1), _full(torch.nan)
     torch.cuda.synchronize()
     (y,) = side.begin(Copies(before_end=cycles), [_move(x, into)], LABEL)()
     return _is(y.clone(), 1)
 
 
-def _source_is_freed_at_once(side: SideStream, cycles: int) -> bool:
+def _messages_are_unpacked_late(side: SideStreams, cycles: int) -> bool:
+    x, into = _full(1), _full(torch.nan)
+    torch.cuda.synchronize()
+    (y,) = side.begin(Copies(before_end=cycles), [_move(x, into)], LABEL)()
+    with torch.cuda.stream(side._packing):  # where the next switch begun takes its memory
+        taken = flood(x.nbytes)
+    seen = y.clone()
+    del taken
+    return _is(seen, 1)
+
+
+def _unpacking_goes_before_packing(side: SideStreams, cycles: int) -> bool:
+    """What is packed next is not computed yet; what has arrived is unpacked meanwhile."""
+    x, into, later = _full(1), _full(torch.nan), _full(2)
+    torch.cuda.synchronize()
+    end = side.begin(Copies(), [_move(x, into)], LABEL)
+    torch.cuda._sleep(cycles)
+    next_end = side.begin(Copies(), [_move(later, _full(torch.nan))], LABEL)
+    with torch.cuda.stream(torch.cuda.Stream()):
+        (y,) = end()
+        torch.cuda.current_stream().synchronize()
+        beside = cycles == 0 or not side._packing.query()
+    (z,) = next_end()
+    return _is(y, 1) and _is(z, 2) and beside
+
+
+def _source_is_freed_at_once(side: SideStreams, cycles: int) -> bool:
     x, into = _full(1), _full(torch.nan)
     torch.cuda.synchronize()
     end = side.begin(Copies(before_begin=cycles), [_move(x, into)], LABEL)
@@ -116,7 +145,7 @@ def _source_is_freed_at_once(side: SideStream, cycles: int) -> bool:
     return _is(y.clone(), 1)
 
 
-def _memory_of_the_result_is_still_read(side: SideStream, cycles: int) -> bool:
+def _memory_of_the_result_is_still_read(side: SideStreams, cycles: int) -> bool:
     x, into = _full(1), _full(2)
     torch.cuda.synchronize()
     torch.cuda._sleep(cycles)
@@ -125,22 +154,25 @@ def _memory_of_the_result_is_still_read(side: SideStream, cycles: int) -> bool:
     return _is(before, 2) and _is(y, 1)
 
 
-def _compute_goes_on_meanwhile(side: SideStream, cycles: int) -> bool:
+def _compute_goes_on_meanwhile(side: SideStreams, cycles: int) -> bool:
     x, into = _full(1), _full(torch.nan)
     torch.cuda.synchronize()
     end = side.begin(Copies(before_begin=cycles), [_move(x, into)], LABEL)
     torch.cuda.current_stream().synchronize()
     # Without a sleep there may be nothing left to wait for.
-    beside = cycles == 0 or not side._stream.query()
+    beside = cycles == 0 or not side._packing.query()
     (y,) = end()
     return _is(y, 1) and beside
 
 
-FAULTS: list[tuple[Scenario, type[SideStream]]] = [
+FAULTS: list[tuple[Scenario, type[SideStreams]]] = [
     (_source_is_late, COMPUTE_NOT_WAITED_FOR),
     (_packing_is_late, RESULTS_NOT_WAITED_FOR),
     (_unpacking_is_late, RESULTS_NOT_WAITED_FOR),
+    (_packing_is_late, PACKING_NOT_WAITED_FOR),
     (_unpacking_is_late, DONE_BEFORE_THE_END),
+    (_messages_are_unpacked_late, MESSAGES_REUSED),
+    (_unpacking_goes_before_packing, ONE_STREAM),
     (_source_is_freed_at_once, SOURCES_FORGOTTEN),
     (_memory_of_the_result_is_still_read, COMPUTE_NOT_WAITED_FOR),
     (_compute_goes_on_meanwhile, ON_THE_CURRENT_STREAM),
@@ -151,10 +183,10 @@ DEVICE = torch.device("cuda", 0)
 @pytest.mark.parametrize("priority", [0, -1])
 @pytest.mark.parametrize("scenario", dict.fromkeys(scenario for scenario, _ in FAULTS), ids=lambda scenario: scenario.__name__)
 def test_one_switch_is_right(scenario, priority):
-    side = SideStream(DEVICE, priority)
+    side = SideStreams(DEVICE, priority)
     assert scenario(side, 0)
     assert scenario(side, LONG)
-    assert side._stream.priority == priority
+    assert side._packing.priority == priority
 
 
 @pytest.mark.parametrize(("scenario", "fault"), FAULTS, ids=lambda each: each.__name__)
@@ -178,15 +210,15 @@ class World:
         self.exchange: Exchange = exchange_of(self.group)
         self.exchange.transport = module.TorchTransport(self.group)
 
-    def use(self, side: type[SideStream]) -> SideStream:
+    def use(self, side: type[SideStreams]) -> SideStreams:
         """Make it the group's."""
-        self.side_stream()  # what the group has already
+        self.packing()  # what the group has already
         overlap._overlaps[self.group].side_streams[DEVICE] = made = side(DEVICE, -1)
         return made
 
-    def side_stream(self) -> torch.cuda.Stream:
+    def packing(self) -> torch.cuda.Stream:
         """The one that chunks over the group pack on."""
-        return overlap.side_stream(self.group, DEVICE)._stream
+        return overlap.side_streams(self.group, DEVICE)._packing
 
     def switch(self, xs: list[Tensor], gather: int, split: int, sizes: list[int]) -> list[Tensor]:
         """A whole switch, without gradients."""
@@ -204,10 +236,10 @@ def _message_is_late(world: World, cycles: int) -> bool:
     x = _full(1)
     into = torch.full((2 * T, S // 2), torch.nan, dtype=torch.float64, device="cuda")
     world.collectives.cycles = cycles
-    side = world.use(SideStream)
+    side = world.use(SideStreams)
     torch.cuda.synchronize()
     end = side.begin(world.exchange.transport, [Move(x, 0, 1, shard_ranges(2 * T, 2), shard_ranges(S, 2), into)], LABEL)
-    with torch.cuda.stream(side._stream):  # where the next switch begun takes its memory
+    with torch.cuda.stream(side._packing):  # where the next switch begun takes its memory
         taken = flood(x.nbytes)
     (y,) = end()
     seen = y.clone()
@@ -232,7 +264,7 @@ class _OnTheSideStream(Landing):
     """Whose memory is the side stream's, as that of a switch would be that made its result there."""
 
     def open(self, shape: list[int], like: Tensor, exchange: Exchange) -> Tensor:
-        with torch.cuda.stream(overlap.side_stream(exchange.group, like.device)._stream):
+        with torch.cuda.stream(overlap.side_streams(exchange.group, like.device)._packing):
             return super().open(shape, like, exchange)
 
 
@@ -247,7 +279,7 @@ def _result_is_read_late(world: World, landing: Landing, cycles: int) -> bool:
     torch.cuda._sleep(cycles)
     seen, nbytes = y.clone(), y.nbytes
     del y
-    with torch.cuda.stream(world.side_stream()):
+    with torch.cuda.stream(world.packing()):
         taken = flood(nbytes)
     right = _is(seen, 1)
     del taken
@@ -354,7 +386,7 @@ class Passes:
         set_overlap(world.group, how)
         torch.manual_seed(0)
         self.parts = mixes(SIZES).to(DEVICE)
-        world.use(SideStream)
+        world.use(SideStreams)
 
     def sample(self, seed: int) -> tuple[Tensor, Tensor]:
         """An input, and the gradient of its output."""
@@ -627,7 +659,7 @@ def _share(cycles: int) -> dist.ProcessGroup:
 def _stages(how: FixedOverlap | None, priority: int, cycles: int) -> None:
     group = _share(cycles)
     compare_stages(group, DEVICE, how, cycles, stream_priority=priority)
-    made = [side._stream.priority for side in overlap._overlaps[group].side_streams.values()]
+    made = [side._packing.priority for side in overlap._overlaps[group].side_streams.values()]
     assert made == ([] if how is None else [priority])
 
 

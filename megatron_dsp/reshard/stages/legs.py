@@ -20,7 +20,7 @@ from megatron_dsp.errors import UsageError
 from megatron_dsp.layout import RankRanges
 from megatron_dsp.reshard.exchange import Exchange, bytes_to_others
 from megatron_dsp.reshard.labels import Label, Operation, StageName, profile_range
-from megatron_dsp.reshard.stages.overlap import side_stream
+from megatron_dsp.reshard.stages.overlap import side_streams
 from megatron_dsp.reshard.transport.move import End, Move
 
 
@@ -103,10 +103,9 @@ class Leg:
         gather_ranges, split_ranges = self._ranges
         self._begin(Move(gradient, split, gather, split_ranges, gather_ranges, into), Operation.SWITCH_ADJOINT)
 
-    def arrive(self) -> Tensor:
-        """Wait for what was sent off, and return the target; again where it is computed on again."""
+    def take(self) -> Tensor:
+        """The target, in which all has arrived; again where it is computed on again."""
         if self._kept is None:
-            self.wait()
             target = self.target.take()
             if not self.ends_again:
                 return target
@@ -116,7 +115,7 @@ class Leg:
     def _begin(self, move: Move, operation: Operation) -> None:
         exchange, label = self._exchange, Label(operation.value, *self._stage)
         with profile_range(f"begin {operation}", self._stage):
-            sent, beside = bytes_to_others([move], exchange.rank), side_stream(exchange.group, move.x.device)
+            sent, beside = bytes_to_others([move], exchange.rank), side_streams(exchange.group, move.x.device)
             self._end = exchange.begin([move], label, sent, beside=beside)
 
     def wait(self) -> None:
@@ -163,9 +162,9 @@ class _Arrival(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, legs: list[Leg], *tokens: Tensor) -> Tensor:
         ctx.legs = legs
-        for leg in legs[1:]:
+        for leg in legs:
             leg.wait()
-        return legs[0].arrive()
+        return legs[0].take()
 
     @staticmethod
     @once_differentiable

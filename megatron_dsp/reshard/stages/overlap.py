@@ -15,7 +15,7 @@ from torch import Tensor
 from megatron_dsp.errors import UsageError
 from megatron_dsp.layout import Layout
 from megatron_dsp.reshard.stages.schedule import SHARDED, Schedule, What
-from megatron_dsp.reshard.transport.side_stream import SideStream
+from megatron_dsp.reshard.transport.side_streams import SideStreams
 
 
 class Overlap(Protocol):
@@ -38,7 +38,7 @@ class Overlap(Protocol):
 class _GroupOverlap:
     overlap: Overlap | None = None
     stream_priority: int = -1
-    side_streams: dict[torch.device, SideStream] = field(default_factory=dict)
+    side_streams: dict[torch.device, SideStreams] = field(default_factory=dict)
 
 
 _overlaps: weakref.WeakKeyDictionary[dist.ProcessGroup, _GroupOverlap] = weakref.WeakKeyDictionary()
@@ -47,7 +47,7 @@ _overlaps: weakref.WeakKeyDictionary[dist.ProcessGroup, _GroupOverlap] = weakref
 def set_overlap(group: dist.ProcessGroup, overlap: Overlap | None, *, stream_priority: int | None = None) -> None:
     """Let regions over ``group`` run by ``overlap`` from now on; None: in whole stages. The same on all ranks.
 
-    ``stream_priority`` is that of the CUDA stream on which chunks are packed and unpacked, -1 at first, which goes before
+    ``stream_priority`` is that of the CUDA streams on which chunks are packed and unpacked, -1 at first, which goes before
     compute; None: as it is.
     """
     known = _overlaps.setdefault(group, _GroupOverlap())
@@ -73,15 +73,15 @@ def whole_stages(group: dist.ProcessGroup) -> Iterator[None]:
         known.overlap = usual
 
 
-def side_stream(group: dist.ProcessGroup, device: torch.device) -> SideStream | None:
-    """The stream on which chunks that travel over ``group`` are packed and unpacked; None where the device has no streams."""
+def side_streams(group: dist.ProcessGroup, device: torch.device) -> SideStreams | None:
+    """Those on which chunks that travel over ``group`` are packed and unpacked; None where the device has no streams."""
     if device.type != "cuda":
         return None
     known = _overlaps.setdefault(group, _GroupOverlap())
-    stream = known.side_streams.get(device)
-    if stream is None:
-        stream = known.side_streams[device] = SideStream(device, known.stream_priority)
-    return stream
+    streams = known.side_streams.get(device)
+    if streams is None:
+        streams = known.side_streams[device] = SideStreams(device, known.stream_priority)
+    return streams
 
 
 class FixedOverlap:

@@ -59,7 +59,7 @@ End = Callable[[], list[Tensor]]  # waits for what was begun and returns its res
 
 
 class Beside(Protocol):
-    """Runs a transport's copies and waits beside compute, on another stream (`SideStream`). Moves have ``into``."""
+    """Runs a transport's copies and waits beside compute, on other streams (`SideStreams`). Moves have ``into``."""
 
     def begin(self, transport: Transport, moves: Sequence[Move], label: Label) -> End:
         """As `Transport.begin`."""
