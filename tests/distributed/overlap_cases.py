@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 import random
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import pytest
@@ -17,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 import megatron_dsp as dsp
 from megatron_dsp import reshard
 from megatron_dsp.layout import Layout
-from megatron_dsp.reshard import FixedOverlap, Region, Stage, set_overlap
+from megatron_dsp.reshard import Activation, Ends, FixedOverlap, Region, Stage, set_overlap
 from megatron_dsp.reshard.exchange import exchange_of
 from megatron_dsp.reshard.transport.move import Transport
 
@@ -31,7 +33,8 @@ class Case:
     ``dims`` and ``sizes`` are those of the activation, channels aside, which come last: ``channels`` into each stage and out
     of the last. ``chain`` has the sharded dim of each stage; the activation starts with ``start`` sharded. ``kind`` of the
     stages: "real" numbers, "integers" (all arithmetic is exact), or the "identity", on random bits. Those in ``checkpointed``
-    compute again in backward; with ``around``, all that a region runs does. ``flight``: "alone"; or two activations, whose
+    compute again in backward; with ``around``, all that a region runs does. ``cut``: what is, of `Schedule`; the stages have
+    ends where it is not "stages". ``flight``: "alone"; or two activations, whose
     backward is "in order", "in reverse" or "summed". Where ``pause``, a region ends after so many stages, and another one
     goes on once the other activation has come as far.
     """
@@ -54,6 +57,7 @@ class Case:
     pause: int = 0
     frozen: bool = False  # the input needs no gradient
     permuted: bool = False  # the input is not contiguous
+    cut: str = "stages"
 
     @staticmethod
     def random(seed: int, ranks: int) -> Case:
@@ -101,6 +105,13 @@ class Case:
             draw.random() < 0.3,
         )
 
+    @staticmethod
+    def random_with_ends(seed: int, ranks: int) -> Case:
+        """As `random`; what is cut are the ends of stages."""
+        draw = random.Random(~seed)
+        case = Case.random(seed, ranks)
+        return replace(case, cut=draw.choice(("leave", "ends", "ends")), along=draw.choice((None, *case.dims)))
+
     @property
     def exact(self) -> bool:
         return self.kind != "real"
@@ -147,6 +158,9 @@ class Part(nn.Module):
         self.mix = nn.ParameterDict({dim: self._matrix(sizes[dim], sizes[dim]) for dim in case.dims if dim not in self.kept})
         self.mix["channels"] = self._matrix(into, out)
         self.at = nn.ParameterDict({dim: self._table(sizes[dim], out) for dim in self.kept})
+        if case.cut != "stages":
+            self.on_entry = nn.ParameterDict({dim: self._table(sizes[dim], into) for dim in case.dims})
+            self.on_leaving = nn.ParameterDict({dim: self._table(sizes[dim], out) for dim in case.dims})
 
     def _matrix(self, rows: int, columns: int) -> nn.Parameter:
         if self.case.kind == "real":
@@ -168,6 +182,35 @@ class Part(nn.Module):
         if self.number in self.case.checkpointed:
             return checkpoint(self._compute, x, *tables, use_reentrant=False)
         return self._compute(x, *tables)
+
+    def run_with_ends(self, region: Region, seen: Seen, x: Activation, ends: Ends) -> Activation:
+        """Each token gets what belongs to its place, at both ends of what `forward` computes."""
+        if self.case.kind == "identity":
+            whole, copy = ends.enter(lambda chunk: (chunk.clone(), chunk), x)
+            return ends.leave(lambda chunk, other: chunk if self.number % 2 else other, whole, copy)
+        on_entry, on_leaving, at = (
+            {dim: region.local(table, dim=0, name=dim) for dim, table in tables.items()}
+            for tables in (self.on_entry, self.on_leaving, self.at)
+        )
+        ranges = {dim: region.range(dim) for dim in self.case.dims}  # those of now: it is called in backward too
+
+        def run(x: Activation) -> Activation:
+            def add(chunk: Tensor, tables: dict[str, Tensor]) -> Tensor:
+                for dim, table in tables.items():
+                    shape = [1] * chunk.dim()
+                    shape[self.case.dims.index(dim)], shape[-1] = -1, chunk.shape[-1]
+                    chunk = chunk + ends.local(table, dim=0, name=dim).view(shape)
+                return chunk
+
+            changed, first = ends.enter(lambda chunk: (add(chunk, on_entry), chunk), x)
+            seen.append((self.number, ranges, first.detach().clone()))
+            return ends.leave(
+                lambda chunk, first: add(torch.relu(chunk), on_leaving) * first[..., :1],
+                self._compute(changed, *(at[dim] for dim in self.kept)),
+                first.abs().clamp(max=2),
+            )
+
+        return checkpoint(run, x, use_reentrant=False) if self.number in self.case.checkpointed else run(x)
 
     def _compute(self, x: Tensor, *tables: Tensor) -> Tensor:
         for dim, matrix in self.mix.items():
@@ -197,7 +240,21 @@ def forward(case: Case, parts: list[Part], region: Region, seen: Seen, x: Tensor
         seen.append((part.number, {dim: region.range(dim) for dim in case.dims}, x.detach().clone()))
         return part(region, x)
 
-    stages = [Stage(partial(compute, part), case.chain[part.number], "stage", number=part.number) for part in parts]
+    def with_ends(part: Part, x: Activation, ends: Ends) -> Activation:
+        return part.run_with_ends(region, seen, x, ends)
+
+    has_ends = case.cut != "stages"
+    stages = [
+        Stage(
+            partial(with_ends if has_ends else compute, part),
+            case.chain[part.number],
+            "stage",
+            number=part.number,
+            has_ends=has_ends,
+            recomputes=has_ends and part.number in case.checkpointed,
+        )
+        for part in parts
+    ]
     return region.run(stages, x, independent=case.independent)
 
 
@@ -290,19 +347,28 @@ def compare_to_one_process(case: Case, parts: list[Part], results: list[Result])
 
 # A chain with every kind of boundary, small enough to be run for each mutation.
 SMALL = Case(7, ("time", "batch", "space"), (6, 3, 6), (2, 3, 2, 2), ("time", "space", "time"), "time", "batch")
-ALONG = ("sharded", "batch", "time", "space")
+HOW: dict[str, dict[str, Any]] = {
+    **{along: {"along": along} for along in ("sharded", "batch", "time", "space")},
+    "ends": {"along": "space", "cut": "ends"},
+    "ends, computed again": {"along": "time", "cut": "ends", "checkpointed": (0, 1, 2)},
+    "leave": {"along": "batch", "cut": "leave"},
+}
 
 
-def small(along: str | None = "sharded", **changes: Any) -> tuple[Case, list[Part]]:
+def small(how: str = "sharded", **changes: Any) -> tuple[Case, list[Part]]:
     torch.manual_seed(0)
-    case = replace(SMALL, along=along, **changes)
+    case = replace(SMALL, **HOW[how] | changes)
     return case, [Part(case, number) for number in range(len(case.chain))]
+
+
+def overlap_of_case(case: Case) -> FixedOverlap:
+    return FixedOverlap(case.chunks, along=case.along, shrink=case.shrink, cut=case.cut)
 
 
 def run_chunked(case: Case, parts: list[Part], transport: Transport | None = None) -> Result:
     """By the case's schedule, over another transport if one is given."""
     exchange = exchange_of(dist.group.WORLD)
-    set_overlap(dist.group.WORLD, FixedOverlap(case.chunks, along=case.along, shrink=case.shrink))
+    set_overlap(dist.group.WORLD, overlap_of_case(case))
     exchange.transport, usual = transport or exchange.transport, exchange.transport
     try:
         return run_case(case, parts, dist.group.WORLD)
@@ -319,6 +385,9 @@ class _NothingSaved(nn.Module):
     def forward(self, region: Region, x: Tensor) -> Tensor:
         return x + 1
 
+    def run_with_ends(self, region: Region, seen: Seen, x: Activation, ends: Ends) -> Activation:
+        return ends.leave(lambda chunk: chunk, *ends.enter(lambda chunk: (chunk + 1,), x))
+
 
 class InterruptionError(Exception):
     pass
@@ -332,8 +401,16 @@ class Interrupted(nn.Module):
         self.part, self.number, self.backward, self.calls = part, part.number, backward, 0
 
     def forward(self, region: Region, x: Tensor) -> Tensor:
+        return self._fail_at_second(self.part(region, x))
+
+    def run_with_ends(self, region: Region, seen: Seen, x: Activation, ends: Ends) -> Activation:
+        def leave(run: Callable[..., Tensor], *xs: Tensor) -> Activation:
+            return ends.leave(lambda *chunks: self._fail_at_second(run(*chunks)), *xs)
+
+        return self.part.run_with_ends(region, seen, x, SimpleNamespace(enter=ends.enter, leave=leave, local=ends.local))
+
+    def _fail_at_second(self, y: Tensor) -> Tensor:
         self.calls += 1
-        y = self.part(region, x)
         if self.calls == 2 and self.backward:
             y.register_hook(self.fail)
         elif self.calls == 2:
@@ -348,7 +425,7 @@ def give_up_pass(case: Case, parts: list[Part], give_up: str, transport: Transpo
     """A pass that is not brought to its end, or computed again as far as needed."""
     if give_up == "checkpoint":
         return run_chunked(replace(case, around=True), [*parts[:2], _NothingSaved()], transport)
-    interrupted = 2 if case.along == "time" else 1  # a stage that is cut
+    interrupted = 2 if case.along == "time" and case.cut == "stages" else 1  # a stage that is cut
     stages = [Interrupted(part, backward=give_up == "backward") if part.number == interrupted else part for part in parts]
     early = torch.zeros((), requires_grad=True) * 1
     with pytest.raises(InterruptionError):

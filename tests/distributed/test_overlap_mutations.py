@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import inspect
 import re
 from collections import Counter
@@ -14,11 +15,12 @@ import pytest
 import torch
 import torch.distributed as dist
 from overlap_cases import (
-    ALONG,
+    HOW,
     SMALL,
     compare,
     forward,
     give_up_pass,
+    overlap_of_case,
     run_case,
     run_chunked,
     small,
@@ -27,9 +29,9 @@ from overlap_transports import LateMessages, LateTransport, RecordingTransport, 
 from torch import Tensor, nn
 
 from megatron_dsp import reshard
-from megatron_dsp.reshard import FixedOverlap, Stage, set_overlap
+from megatron_dsp.reshard import Activation, Ends, Stage, set_overlap
 from megatron_dsp.reshard.exchange import exchange_of
-from megatron_dsp.reshard.stages import legs, region
+from megatron_dsp.reshard.stages import ends, legs, region
 from megatron_dsp.reshard.transport import messages, torch_transport
 from megatron_dsp.reshard.transport.move import Transport
 
@@ -38,7 +40,7 @@ def _late_values(reads_early: bool) -> list[str]:
     """What is wrong where nothing arrives before it is waited for. The same passes on all ranks, whatever they find."""
     exchange = exchange_of(dist.group.WORLD)
     wrong = []
-    for along in ALONG:
+    for along in HOW:
         case, parts = small(along)
         plain = run_case(case, parts, dist.group.WORLD)
         transport = LateTransport(exchange.transport, exchange.rank, reads_early=reads_early)
@@ -63,7 +65,7 @@ def given_up() -> list[str]:
     """Transfers of a pass that was given up half way and that nobody waited for."""
     exchange = exchange_of(dist.group.WORLD)
     wrong = []
-    for along in ALONG:
+    for along in HOW:
         for give_up in ("forward", "backward", "checkpoint"):
             case, parts = small(along)
             transport = LateTransport(exchange.transport, exchange.rank)
@@ -76,9 +78,9 @@ def given_up() -> list[str]:
 def twice() -> list[str]:
     """What is wrong with gradients of a graph that is gone back through twice: the second may not lie in the first."""
     wrong = []
-    for along in ALONG:
+    for along in HOW:
         case, parts = small(along, kind="identity", chain=("space", "time", "space"), start="space", channels=(2,) * 4)
-        set_overlap(dist.group.WORLD, FixedOverlap(3, along=along))
+        set_overlap(dist.group.WORLD, overlap_of_case(case))
         x = torch.randn_like(case.shard(case.tensors(2, 1, 1)[0], "space")).requires_grad_()
         y = forward(case, parts, reshard.Region(case.layout("space"), dist.group.WORLD), [], x)
         first, second = (torch.autograd.grad(y, x, torch.full_like(y, n), retain_graph=True)[0] for n in (1.0, 2.0))
@@ -107,6 +109,15 @@ ORDERS = {
         "t0  b0 b1 b2  e0 s0 b3 e1 s1 b4 e2 s2 b5  e3 e4 e5  u0",
         "u0  b6 b7 b8  e6 s2 b9 e7 s1 b10 e8 s0 b11  e11 e10 e9  t0",
     ),
+    # Of stages with ends, "ti" is what enters and "to" what leaves.
+    "ends": (
+        "ti0 to0 b0 to1 b1 to2 b2  e0 si0 e1 si1 e2 si2  so0 b3 so1 b4 so2 b5  e3 ui0 e4 ui1 e5 ui2 uo0",
+        "uo0 ui2 b6 ui1 b7 ui0 b8  e6 so2 e7 so1 e8 so0  si2 b9 si1 b10 si0 b11  e9 to2 e10 to1 e11 to0 ti0",
+    ),
+    "leave": (
+        "ti0 to0 b0 to1 b1 to2 b2  e0 e1 e2 si0  so0 b3 so1 b4 so2 b5  e3 e4 e5 ui0 uo0",
+        "uo0 ui0 b6 b7 b8  e6 so2 e7 so1 e8 so0 si0  b9 b10 b11  e9 to2 e10 to1 e11 to0 ti0",
+    ),
 }
 
 
@@ -118,7 +129,8 @@ def orders() -> list[str]:
     for along, expected in ORDERS.items():
         log: list[str] = []
         exchange.transport = RecordingTransport(usual, log)
-        set_overlap(dist.group.WORLD, FixedOverlap(3, along=along))
+        case, _ = small(along)
+        set_overlap(dist.group.WORLD, overlap_of_case(case))
         counts: Counter[str] = Counter()
 
         def compute(linear: nn.Linear, name: str, x: Tensor, counts: Counter[str] = counts, log: list[str] = log) -> Tensor:
@@ -129,8 +141,16 @@ def orders() -> list[str]:
             y.register_hook(lambda gradient: log.append(text))
             return y
 
+        def with_ends(compute: Callable[..., Tensor], name: str, x: Activation, ends: Ends) -> Activation:
+            entry, exit = (partial(compute, nn.Linear(2, 2), f"{name}{end}") for end in "io")
+            return ends.leave(exit, *ends.enter(lambda chunk: (entry(chunk),), x))
+
+        if case.cut == "stages":
+            computes = [partial(compute, nn.Linear(2, 2), name) for name in "tsu"]
+        else:
+            computes = [partial(with_ends, compute, name) for name in "tsu"]
         stages = [
-            Stage(partial(compute, nn.Linear(2, 2), name), sharded) for name, sharded in zip("tsu", SMALL.chain, strict=True)
+            Stage(run, sharded, has_ends=case.cut != "stages") for run, sharded in zip(computes, SMALL.chain, strict=True)
         ]
         shape = [size // 2 if dim == "time" else size for dim, size in zip(SMALL.dims, SMALL.sizes, strict=True)]
         y = reshard.Region(SMALL.layout("time"), dist.group.WORLD).run(stages, torch.randn(*shape, 2), independent="batch")
@@ -141,6 +161,32 @@ def orders() -> list[str]:
     exchange.transport = usual
     set_overlap(dist.group.WORLD, None)
     return wrong
+
+
+def kept() -> list[str]:
+    """Legs that live on after a pass, or keep what has arrived after backward, of stages that are computed again."""
+    case, parts = small("ends, computed again")
+    set_overlap(dist.group.WORLD, overlap_of_case(case))
+    gc.collect()
+    gc.disable()
+    wrong = []
+    try:
+        for backward in (True, False):
+            x = case.shard(case.tensors(2, 1, 1)[0], "time").requires_grad_()
+            y = forward(case, parts, reshard.Region(case.layout("time"), dist.group.WORLD), [], x)
+            if backward:
+                y.sum().backward()
+                wrong += [f"{leg._kept.shape} is kept after backward" for leg in _legs() if leg._kept is not None]
+            del y
+            wrong += [f"{leg} lives on, backward: {backward}" for leg in _legs()]
+        return wrong
+    finally:
+        gc.enable()
+        set_overlap(dist.group.WORLD, None)
+
+
+def _legs() -> list[legs.Leg]:
+    return [each for each in gc.get_objects() if type(each).__name__ == "Leg"]
 
 
 def late_messages(mutant: ModuleType) -> list[str]:
@@ -160,7 +206,7 @@ def late_all_to_all(mutant: ModuleType) -> list[str]:
 
 def _late(transport: Transport, late: LateMessages) -> list[str]:
     wrong = []
-    for along in (None, *ALONG):  # None: whole stages
+    for along in (None, *HOW):  # None: whole stages
         case, parts = small(along or "sharded", chunks=3 if along else 1)
         plain = run_case(case, parts, dist.group.WORLD)
         try:
@@ -191,6 +237,10 @@ WAIT_FOR_GRADIENTS = """        for leg in ctx.legs:
         return None, ctx.legs[0].source.take()
 """
 GIVEN_UP = "        with torch.inference_mode():  # it may write to tensors of that mode, and to all others\n"
+ENTER = """        for number, (leg, token) in enumerate(zip(way.legs, x, strict=True)):
+            # Made just before it is computed on: so in backward its gradient leaves as soon as it is computed.
+            chunk = self._complete(legs.end([leg], [token]))
+"""
 RECEIVE = """                work.wait()
                 if message is not place:
                     place.copy_(message)
@@ -313,6 +363,57 @@ MUTATIONS = {
         ("orders",),
         "Values are right, but slices are waited for long before they are needed.",
     ),
+    "what is computed again is sent again": Mutation(
+        legs,
+        "        if self._begun:\n            return\n",
+        "",
+        ("late_values",),
+        "Activation checkpointing within a stage would move its chunks twice.",
+    ),
+    "what has arrived is not kept": Mutation(
+        legs,
+        "            if not self.ends_again:\n                return target\n",
+        "            return target\n",
+        ("late_values",),
+        "A stage that is computed again finds no activation.",
+    ),
+    "what is kept holds the graph": Mutation(
+        legs,
+        "self._kept = target.detach()",
+        "self._kept = target",
+        ("kept",),
+        "A graph that holds a leg that holds the graph is freed by the garbage collector alone, and with it all activations.",
+    ),
+    "what is under way holds the graph": Mutation(
+        legs,
+        "            x = x.detach()  #",
+        "            pass  #",
+        ("given_up",),
+        "A stage that is computed again and fails would leave a transfer that nobody waits for.",
+    ),
+    "what has arrived is kept too long": Mutation(
+        legs,
+        "        self._kept = None\n        into = self.source",
+        "        into = self.source",
+        ("kept",),
+        "Activations stay after the backward of their stage.",
+    ),
+    "all chunks are ended before one enters": Mutation(
+        ends,
+        ENTER,
+        "        x = [legs.end([leg], [token]) for leg, token in zip(way.legs, x, strict=True)]\n"
+        "        for number, chunk in enumerate(x):\n",
+        ("orders",),
+        "Values are right, but in backward all chunks are computed before a gradient leaves.",
+    ),
+    "all chunks are computed before one leaves": Mutation(
+        ends,
+        "            tokens += legs.begin([leg], self._part(y))\n        return tuple(tokens)\n",
+        "            tokens.append(y)\n"
+        "        return sum((legs.begin([leg], self._part(y)) for leg, y in zip(way.legs, tokens)), ())\n",
+        ("orders",),
+        "Values are right, but no chunk travels while the next one is computed.",
+    ),
     "transport: no wait for receives": Mutation(
         messages,
         RECEIVE,
@@ -365,7 +466,7 @@ MUTATIONS = {
 }
 LATE = {check.__name__: check for check in (late_messages, late_all_to_all)}
 CHECKS: dict[str, Callable[..., list[str]]] = {
-    **{check.__name__: check for check in (late_values, late_values_read_early, given_up, twice, orders)},
+    **{check.__name__: check for check in (late_values, late_values_read_early, given_up, twice, orders, kept)},
     **LATE,
 }
 

@@ -86,6 +86,8 @@ class Leg:
         if self._begun:
             return
         self._begun = True
+        if self.begins_again:
+            x = x.detach()  # the graph of a stage that is computed again holds this leg
         self._source_shape = list(x.shape)
         shape = list(x.shape)
         gather, split = self._dims
