@@ -379,8 +379,8 @@ MUTATIONS = {
     ),
     "what is kept holds the graph": Mutation(
         legs,
-        "self._kept = target.detach()",
-        "self._kept = target",
+        "return self._kept.detach()",
+        "return self._kept",
         ("kept",),
         "A graph that holds a leg that holds the graph is freed by the garbage collector alone, and with it all activations.",
     ),

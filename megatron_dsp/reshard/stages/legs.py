@@ -111,8 +111,8 @@ class Leg:
             target = self.target.take()
             if not self.ends_again:
                 return target
-            self._kept = target.detach()  # the target itself will hold the graph that holds this leg
-        return self._kept.detach()
+            self._kept = target
+        return self._kept.detach()  # what is returned will hold the graph that holds this leg
 
     def _begin(self, move: Move, operation: Operation) -> None:
         exchange, label = self._exchange, Label(operation.value, *self._stage)
