@@ -256,7 +256,11 @@ def _train(zero: int, overlap: FixedOverlap | None) -> tuple[list[float], list[s
 def test_training_with_zero_in_chunks_equals_whole_stages(ranks, zero):
     plain, _ = ranks(2, _train, zero, None)[0]
     assert len(set(plain)) == 5
-    for along, text in (("sharded", "3 chunks of time, 3 chunks of space"), ("batch", "2 chunks of batch")):
-        for losses, decisions in ranks(2, _train, zero, FixedOverlap(3, along=along, shrink=1.0)):
+    for overlap, text in (
+        (FixedOverlap(3, along="sharded", shrink=1.0), "3 chunks of time, 3 chunks of space"),
+        (FixedOverlap(3, along="batch", cut="stages"), "2 chunks of batch"),
+        (FixedOverlap(3), "3 chunks of space at both ends of switches"),
+    ):
+        for losses, decisions in ranks(2, _train, zero, overlap):
             assert decisions == [f"{text}: as asked for"]
             torch.testing.assert_close(losses, plain, rtol=1e-6, atol=0)

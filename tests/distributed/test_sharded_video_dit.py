@@ -98,10 +98,31 @@ def test_outputs_gradients_and_bytes(ranks, size, T, H, W, patch):
     ranks(size, _compare, T, H, W, patch, "dsp")
 
 
-@pytest.mark.parametrize("along", ["sharded", "batch", "time", "space"])
+@pytest.mark.parametrize(
+    ("cut", "along"),
+    [
+        *(("stages", along) for along in ("sharded", "batch", "time", "space")),
+        ("ends", "space"),
+        ("ends", "time"),
+        ("leave", "batch"),
+    ],
+)
 @pytest.mark.parametrize(("size", "T", "H", "W"), [(2, 8, 4, 8), (3, 10, 5, 7)], ids=["even", "uneven"])
-def test_in_chunks(ranks, size, T, H, W, along):
-    ranks(size, _compare, T, H, W, (1, 2, 2), "dsp", FixedOverlap(3, along=along))
+def test_in_chunks(ranks, size, T, H, W, cut, along):
+    ranks(size, _compare, T, H, W, (1, 2, 2), "dsp", FixedOverlap(3, along=along, cut=cut))
+
+
+def _compare_computed_again(cut: str, along: str) -> None:
+    set_overlap(dist.group.WORLD, FixedOverlap(2, along=along, cut=cut))
+    config = VideoDiTConfig(layers=LAYERS, hidden=16, heads=2, conditioning_size=6, patch=(1, 2, 2))
+    moved, _ = compare(config, 7, 5, 9, recompute=True)
+    calls = {operation: calls for operation, (calls, _) in moved.by("operation").items()}
+    assert calls["switch"] == calls["switch adjoint"]  # computed again, nothing moves again
+
+
+@pytest.mark.parametrize(("cut", "along"), [("stages", "sharded"), ("ends", "space"), ("ends", "batch"), ("leave", "time")])
+def test_recompute_in_chunks(ranks, cut, along):
+    ranks(2, _compare_computed_again, cut, along)
 
 
 def _with_a_frame_missing(missing_on: int) -> str:

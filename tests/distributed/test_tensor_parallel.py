@@ -27,10 +27,21 @@ def _with_noise(model: VideoDiT) -> VideoDiT:
     return model
 
 
-def _compare(tensor: int, sequence: int, T: int, H: int, sequence_dim: int | None, recompute: bool, backend: str, chunks: int):
+def _compare(
+    tensor: int,
+    sequence: int,
+    T: int,
+    H: int,
+    sequence_dim: int | None,
+    recompute: bool,
+    backend: str,
+    chunks: int,
+    along: str = "sharded",
+):
     mesh = dsp.Mesh(tensor=tensor, sequence=sequence)
     group = mesh.group("sequence")
-    set_overlap(group, FixedOverlap(chunks, along="sharded") if chunks > 1 else None)
+    cut = "stages" if along == "sharded" else "ends"
+    set_overlap(group, FixedOverlap(chunks, along=along, cut=cut) if chunks > 1 else None)
     torch.manual_seed(0)
     reference = _with_noise(VideoDiT(CONFIG).double())
     torch.manual_seed(0)
@@ -77,6 +88,12 @@ def test_outputs_and_gradients(ranks, tensor, sequence, T, H, sequence_dim):
 @pytest.mark.parametrize(("backend", "chunks"), [("dsp", 2), ("ulysses", 1), ("ulysses", 2), ("ring", 1)])
 def test_with_overlap_and_other_backends(ranks, backend, chunks, sequence_dim):
     ranks(4, _compare, 2, 2, 6, 4, sequence_dim, False, backend, chunks)
+
+
+@pytest.mark.parametrize("sequence_dim", [None, 2], ids=["whole", "sequence sharded"])
+@pytest.mark.parametrize("recompute", [False, True])
+def test_with_overlap_at_the_ends_of_stages(ranks, recompute, sequence_dim):
+    ranks(4, _compare, 2, 2, 6, 4, sequence_dim, recompute, "dsp", 2, "space")
 
 
 @pytest.mark.parametrize("sequence_dim", [None, 2], ids=["whole", "sequence sharded"])
