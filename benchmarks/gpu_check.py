@@ -1,6 +1,6 @@
-"""What the CUDA paths do on this machine's GPUs: tests on one, and on two and more also NCCL and the benchmarks.
+"""What the CUDA paths do on this machine's GPUs: tests and `one_card.py` on one, on two and more also NCCL and the benchmarks.
 
-    python benchmarks/gpu_check.py        # or make gpu-check
+    python benchmarks/gpu_check.py --minutes 10        # or make gpu-check ARGS="--minutes 10"
 
 Writes `benchmarks/results/gpu-check-<card>-<number of GPUs>.json`: the machine, each test's outcome, and the benchmarks' rows.
 """
@@ -22,28 +22,35 @@ import xml.etree.ElementTree as ET
 from contextlib import suppress
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 ROOT = Path(__file__).parents[1]
-TESTS = ["tests/gpu", "tests/distributed/test_overlap.py"]
-CHOSEN = "gpu or cuda or side_stream"  # of these: all of the first, and of the others those that need a GPU
-HOURS = 1  # that the tests, or a benchmark, may take
+TESTS = "tests/gpu"
+# What the tests and the benchmarks import, the package's own imports among it.
+PACKAGES = ("torch", "numpy", "pydantic", "safetensors", "rich", "pytest")
+ONE_CARD_MINUTES = 5  # that `one_card.py` may take, or a third of all
+GRACE = 20  # seconds that a job gets to write down what it has, when its time is over
+OUT_OF_TIME = 124  # the exit status of a job whose time was over, as that of timeout(1)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks/results", help="the folder of the JSON file")
+    parser.add_argument("--minutes", type=float, default=60, help="that all may take; what is not through then is ended")
     arguments = parser.parse_args()
     lacking = missing()
-    if lacking is not None:
-        print(f"gpu_check: {lacking}", file=sys.stderr)
+    for each in lacking:
+        print(f"gpu_check: {each}", file=sys.stderr)
+    if lacking:
         return 1
+    stop = time.monotonic() + 60 * arguments.minutes
     found = machine()
-    with tempfile.TemporaryDirectory() as folder:
-        tests, status = run_tests(Path(folder) / "tests.xml")
+    with tempfile.TemporaryDirectory() as name:
+        folder, one_card = Path(name), min(ONE_CARD_MINUTES, arguments.minutes / 3)
+        tests, status = run_tests(folder / "tests.xml", stop - 60 * one_card - 2 * GRACE)  # it starts, and may be ended, too
         found |= {"tests": tests, "tests_exit_status": status, "benchmarks": {}}
-        if len(found["cards"]) > 1:
-            found["benchmarks"] = run_benchmarks(ranks_of(len(found["cards"])), Path(folder))
+        for benchmark in benchmarks(len(found["cards"]), one_card):
+            found["benchmarks"][benchmark.name] = run_benchmark(benchmark, folder, stop)
     card = re.sub(r"[^a-z0-9]+", "-", found["cards"][0].lower()).strip("-")
     path = arguments.output / f"gpu-check-{card}-{len(found['cards'])}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -52,11 +59,19 @@ def main() -> int:
     return int(status != 0 or any(benchmark["exit_status"] for benchmark in found["benchmarks"].values()))
 
 
-def missing() -> str | None:
-    """What this Python lacks for the check, and where to get it; None: nothing."""
-    for name in ("torch", "pytest", "rich", "deepspeed"):
-        if importlib.util.find_spec(name) is None:
-            return f"{sys.executable} has no {name}; make setup installs all, or name a Python that has it: make PYTHON=..."
+def missing() -> list[str]:
+    """All that this Python lacks for the check, and where to get it."""
+    lacking = []
+    packages = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
+    if packages:
+        where = "make setup installs all, or name a Python that has them: make PYTHON=..."
+        lacking.append(f"{sys.executable} has no {', '.join(packages)}; {where}")
+    no_gpu = missing_gpu() if "torch" not in packages else None
+    return lacking if no_gpu is None else [*lacking, no_gpu]
+
+
+def missing_gpu() -> str | None:
+    """Why torch has no GPU here, and what to do; None: it has one."""
     import torch
 
     if not torch.backends.cuda.is_built():
@@ -97,11 +112,11 @@ def _output(*command: str) -> str | None:
         return None
 
 
-def run_tests(report: Path) -> tuple[list[dict[str, Any]], int]:
-    """Each test's name, outcome, seconds, and what it says; pytest's exit status."""
+def run_tests(report: Path, stop: float) -> tuple[list[dict[str, Any]], int]:
+    """Each test's name, outcome, seconds, and what it says; pytest's exit status. Ended at ``stop``, of `time.monotonic`."""
     # Only the older family of reports has the tests' own properties: the names of kernels.
-    options = ["-k", CHOSEN, "-o", "junit_family=xunit1", f"--junit-xml={report}"]
-    status = _run([sys.executable, "-m", "pytest", *TESTS, *options])
+    options = ["-o", "junit_family=xunit1", f"--junit-xml={report}"]
+    status = _run([sys.executable, "-m", "pytest", TESTS, *options], stop)
     return (_tests(report) if report.exists() else []), status
 
 
@@ -126,36 +141,59 @@ def ranks_of(gpus: int) -> int:
     return 1 << (gpus.bit_length() - 1)
 
 
-def run_benchmarks(ranks: int, folder: Path) -> dict[str, dict[str, Any]]:
-    """Exit status, seconds and rows of each, under torchrun."""
-    results: dict[str, dict[str, Any]] = {}
-    for name, script, options in (
-        ("reshard", "benchmarks/reshard.py", []),
-        ("end_to_end check", "benchmarks/end_to_end.py", ["--check"]),
-        ("end_to_end", "benchmarks/end_to_end.py", ["--preset", "720m"]),
-    ):
-        rows = folder / f"{name}.json"
-        begun = time.monotonic()
-        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
-        status = _run([sys.executable, *launcher, script, *options, "--output", str(rows)])
-        results[name] = {
-            "ranks": ranks,
-            "exit_status": status,
-            "seconds": round(time.monotonic() - begun, 1),
-            "rows": json.loads(rows.read_text()) if rows.exists() else [],
-        }
-    return results
+class Benchmark(NamedTuple):
+    """A script of this folder with its options, on so many GPUs."""
+
+    name: str
+    script: str
+    options: list[str]
+    ranks: int
 
 
-def _run(command: list[str]) -> int:
-    """The exit status, 124 where it took too long. Nothing of the job is left running."""
+def benchmarks(gpus: int, one_card_minutes: float) -> list[Benchmark]:
+    """Those that so many GPUs can run, in their order."""
+    found = [Benchmark("one_card", "one_card.py", ["--minutes", f"{one_card_minutes:g}"], 1)]
+    if gpus > 1:
+        ranks = ranks_of(gpus)
+        found += [
+            Benchmark("reshard", "reshard.py", [], ranks),
+            Benchmark("end_to_end check", "end_to_end.py", ["--check"], ranks),
+            Benchmark("end_to_end", "end_to_end.py", ["--preset", "720m"], ranks),
+        ]
+    return found
+
+
+def run_benchmark(benchmark: Benchmark, folder: Path, stop: float) -> dict[str, Any]:
+    """Exit status, seconds and rows; over several ranks, under torchrun. Ended at ``stop``, of `time.monotonic`."""
+    rows = folder / f"{benchmark.name}.json"
+    begun = time.monotonic()
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={benchmark.ranks}"]
+    script = [f"benchmarks/{benchmark.script}", *benchmark.options, "--output", str(rows)]
+    status = _run([sys.executable, *(launcher if benchmark.ranks > 1 else []), *script], stop)
+    return {
+        "ranks": benchmark.ranks,
+        "exit_status": status,
+        "seconds": round(time.monotonic() - begun, 1),
+        "rows": json.loads(rows.read_text()) if rows.exists() else [],
+    }
+
+
+def _run(command: list[str], stop: float) -> int:
+    """The exit status, `OUT_OF_TIME` where it was not through at ``stop``. Nothing of the job is left running."""
+    seconds = stop - time.monotonic()
+    if seconds <= 0:
+        return OUT_OF_TIME
     print("+", *command, flush=True)
     paths = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     job = subprocess.Popen(command, cwd=ROOT, env={**os.environ, "PYTHONPATH": paths}, start_new_session=True)
     try:
-        return job.wait(timeout=HOURS * 3600)
+        return job.wait(timeout=max(0.0, seconds - GRACE))
     except subprocess.TimeoutExpired:
-        return 124
+        # pytest writes its report then.
+        job.send_signal(signal.SIGINT)
+        with suppress(subprocess.TimeoutExpired):
+            job.wait(timeout=min(GRACE, seconds))
+        return OUT_OF_TIME
     finally:
         with suppress(ProcessLookupError):
             os.killpg(job.pid, signal.SIGKILL)
@@ -181,13 +219,18 @@ def show(found: dict[str, Any], path: Path) -> None:
     for reason, count in reasons.items():
         table.add_row(f"{count} tests", f"skipped: {reason}", "")
     if found["tests_exit_status"]:
-        table.add_row("pytest", f"exit status {found['tests_exit_status']}", "", style="red")
+        table.add_row("pytest", _in_words(found["tests_exit_status"]), "", style="red")
     for name, benchmark in found["benchmarks"].items():
-        outcome = f"exit status {benchmark['exit_status']}" if benchmark["exit_status"] else f"{len(benchmark['rows'])} rows"
-        style = "red" if benchmark["exit_status"] else ""
-        table.add_row(f"{name}, {benchmark['ranks']} ranks", outcome, f"{benchmark['seconds']:.0f}", style=style)
+        rows, status, ranks = len(benchmark["rows"]), benchmark["exit_status"], benchmark["ranks"]
+        outcome = f"{rows} rows, {_in_words(status)}" if status else f"{rows} rows"
+        what = f"{name}, {ranks} rank{'s' * (ranks > 1)}"
+        table.add_row(what, outcome, f"{benchmark['seconds']:.0f}", style="red" if status else "")
     Console().print(table)
     print(path)
+
+
+def _in_words(status: int) -> str:
+    return "its time was over: --minutes gives more" if status == OUT_OF_TIME else f"exit status {status}"
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The ways to run layer pairs over a sequence group that `end_to_end.py` compares.
+"""The ways to run layer pairs over a sequence group that `end_to_end.py` and `one_card.py` compare.
 
 A layer pair is a spatial and a temporal block of the video transformer, on an activation in storage order [T, B, S, C]. All
 methods have the same weights and compute the same; they differ in where the shard lies, and in what they send.
@@ -56,16 +56,16 @@ class Shape:
 class Work:
     """Blocks, and one sample with the gradient of what they make of it; the same on all ranks of a sequence group."""
 
-    def __init__(self, shape: Shape, device: torch.device, sample: int):
+    def __init__(self, shape: Shape, device: torch.device, sample: int, dtype: torch.dtype = torch.float32):
         self.shape = shape
         self.config = VideoDiTConfig(shape.layers, shape.hidden, shape.heads, conditioning_size=shape.hidden)
-        self.device = device
+        self.device, self.dtype = device, dtype
         self.blocks = self.make_blocks(TensorParallel())
         torch.manual_seed(1 + sample)
-        self.x = torch.randn(shape.activation).to(device)
-        self.gradient = torch.randn(shape.activation).to(device) / self.x.numel()
-        self.modulation = torch.randn(shape.frames, shape.batch_size, 6 * shape.hidden).to(device) / 2
-        self.tokens = torch.randn(shape.batch_size, CONDITIONING_TOKENS, shape.hidden).to(device)
+        self.x = torch.randn(shape.activation).to(device, dtype)
+        self.gradient = torch.randn(shape.activation).to(device, dtype) / self.x.numel()
+        self.modulation = torch.randn(shape.frames, shape.batch_size, 6 * shape.hidden).to(device, dtype) / 2
+        self.tokens = torch.randn(shape.batch_size, CONDITIONING_TOKENS, shape.hidden).to(device, dtype)
         self.mask = torch.ones(shape.batch_size, CONDITIONING_TOKENS, dtype=torch.bool, device=device)
         self.rotations = time_rotations(shape.frames, shape.hidden // shape.heads, like=self.x)
 
@@ -77,7 +77,7 @@ class Work:
             for block in (Block(self.config, "space", tensor), Block(self.config, "time", tensor)):
                 nn.init.normal_(block.modulation_table, std=0.5)
                 blocks.append(block)
-        return blocks.to(self.device)
+        return blocks.to(self.device, self.dtype)
 
 
 class Method:
