@@ -54,8 +54,12 @@ LATENCIES = {50: 15, 200: 8, 25: 15, 400: 8}
 BOUND, PLAIN = "no_communication", "dsp"
 # A line is one more method.
 OVERLAPS: dict[str, Callable[[dist.ProcessGroup], Overlap]] = {
-    "dsp_overlap_2": lambda group: FixedOverlap(2),
-    "dsp_overlap_4": lambda group: FixedOverlap(4),
+    "dsp_ends_2": lambda group: FixedOverlap(2, cut="ends"),
+    "dsp_ends_4": lambda group: FixedOverlap(4, cut="ends"),
+    "dsp_leave_2": lambda group: FixedOverlap(2, cut="leave"),
+    "dsp_leave_4": lambda group: FixedOverlap(4, cut="leave"),
+    "dsp_stages_2": lambda group: FixedOverlap(2, cut="stages"),
+    "dsp_stages_4": lambda group: FixedOverlap(4, cut="stages"),
     "dsp_overlap": MeasuredOverlap,  # "auto", which decides by uncaptured steps
 }
 
@@ -234,14 +238,12 @@ def measure_clock() -> float:
     return cycles / (start.elapsed_time(stop) / 1000)
 
 
-def makers(group: dist.ProcessGroup, mode: str) -> dict[str, Make]:
+def makers(group: dist.ProcessGroup) -> dict[str, Make]:
     """The methods that communicate by switches alone, as other collectives take no time here; the bound first."""
     usual = makers_by_name(None)
     overlapped = {name: makers_by_name(make(group))["dsp_overlap"] for name, make in OVERLAPS.items()}
-    names = ["ulysses", "ulysses_overlap", "ulysses_flat"]
-    if mode == "compiled":
-        names.remove("ulysses_overlap")  # its chunks travel inside a block, where a compiler cannot follow them
-    return {BOUND: usual[BOUND], PLAIN: usual[PLAIN], **overlapped, **{name: usual[name] for name in names}}
+    others = {name: usual[name] for name in ("ulysses", "ulysses_overlap", "ulysses_flat")}
+    return {BOUND: usual[BOUND], PLAIN: usual[PLAIN], **overlapped, **others}
 
 
 def measure(
@@ -257,7 +259,7 @@ def measure(
     """
     exchange = exchange_of(group)
     usual = exchange.transport
-    methods = makers(group, cell.mode)
+    methods = makers(group)
     bounds: dict[str, Run] = {}
 
     def compare(name: str) -> dict[str, list[Timing]]:

@@ -104,7 +104,7 @@ def test_a_cell(group, mode, monkeypatch):
     rows = list(bench.measure(cell, lambda: work, group, partial(bench.make_wire, torch.cuda.Stream()), budget))
     assert budget.report() == []
     found = {row["method"]: row for row in rows}
-    assert list(found) == list(bench.makers(group, mode))
+    assert list(found) == list(bench.makers(group))
     # Two switches there and two back, beside which nothing runs.
     assert found["dsp"]["median_ms"] == pytest.approx(4 * milliseconds, rel=0.3)
     assert found["dsp"]["ratio_to_bound"] > 1

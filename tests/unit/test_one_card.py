@@ -83,7 +83,7 @@ def test_all_cells_come_once_and_those_of_the_goals_first():
 def test_rows_of_a_cell(group, monkeypatch):
     monkeypatch.setattr(bench, "WARM_UP", 1)
     monkeypatch.setattr(bench, "ROUNDS", 3)
-    monkeypatch.setattr(bench, "OVERLAPS", {"in halves": lambda group: FixedOverlap(2)})
+    monkeypatch.setattr(bench, "OVERLAPS", {"in halves": lambda group: FixedOverlap(2, cut="stages")})
     rows, budget, begun = measure(group)
     methods = ["no_communication", "dsp", "in halves", "ulysses", "ulysses_overlap", "ulysses_flat"]
     assert [row["method"] for row in rows] == methods
