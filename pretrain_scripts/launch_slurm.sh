@@ -8,7 +8,7 @@
 #SBATCH --ntasks-per-node=8
 #SBATCH --gpus-per-node=8
 #SBATCH --cpus-per-task=8
-# SIGTERM to all ranks 300 s before the time limit: they finish the iteration, save, and stop.
+# SIGTERM to all ranks 300 s before the time limit: they finish the iteration, at most one more, save, and stop.
 #SBATCH --signal=TERM@300
 set -eu
 cd "${SLURM_SUBMIT_DIR:-.}"

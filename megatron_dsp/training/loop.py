@@ -56,7 +56,8 @@ def train(
 
     Iteration i takes samples ``i * global batch ...``, whatever the degrees. Resumes from ``arguments.load``; saves to
     ``arguments.save`` every ``save_interval`` iterations and at the end. On SIGTERM (a scheduler's warning) all ranks
-    finish the iteration together, save, and return. ``ema`` takes the weights after each step, and goes into checkpoints.
+    finish the iteration and at most one more, save, and return. ``ema`` takes the weights after each step, and goes into
+    checkpoints.
     """
     if arguments.save:
         checkpointing.refuse_other_writers(engine)  # now, not after the first save_interval
@@ -75,6 +76,7 @@ def train(
     with _stop_signal() as stop, _trace(arguments, log) as trace_step:
         while progress.iteration < arguments.train_iters:
             trace_step(progress.iteration)
+            any_rank_stops = _ask_all_ranks(stop.received)  # the answer comes while the iteration computes
             engine.train()
             learning_rate = engine.get_lr()[0]
             samples = list(_micro_batches(engine, mesh, progress.consumed_samples))
@@ -92,7 +94,7 @@ def train(
             for decision in [] if overlap is None else overlap.decisions[shown:]:
                 log.message(f"overlap from iteration {progress.iteration} on: {decision}")
                 shown += 1
-            stopping = _any_rank(stop.received)
+            stopping = any_rank_stops()
 
             last = stopping or progress.iteration == arguments.train_iters
             if _due(arguments.log_interval, progress.iteration) or last:
@@ -267,11 +269,19 @@ def _trace(arguments: argparse.Namespace, log: TrainingLog) -> Iterator[Callable
         stop()
 
 
-def _any_rank(flag: bool) -> bool:
-    """Whether any rank's flag is set: launchers signal the ranks one after another. On the CPU, without waiting for a GPU."""
+def _ask_all_ranks(flag: bool) -> Callable[[], bool]:
+    """Begin to ask whether any rank's flag is set: launchers signal the ranks one after another.
+
+    What is returned waits for the answer, which is the same on all ranks. On the CPU, so that no GPU is waited for.
+    """
     flags = torch.tensor([int(flag)])
-    dist.all_reduce(flags, op=dist.ReduceOp.MAX)
-    return bool(flags.item())
+    work = dist.all_reduce(flags, op=dist.ReduceOp.MAX, async_op=True)
+
+    def answer() -> bool:
+        work.wait()
+        return bool(flags.item())
+
+    return answer
 
 
 def _summarise(iterations: int, samples: int, seconds: float, meter: Meter, mesh: Mesh, log: TrainingLog) -> None:
