@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from functools import cached_property
+from functools import cached_property, partial
 
 import torch
 
@@ -30,12 +30,14 @@ class VideoBatch:
     conditioning_mask: torch.Tensor  # bool [B, L], which tokens are there
     conditioning_drop: torch.Tensor  # bool [B], which samples are trained on without conditioning
 
-    def to(self, device: torch.device | str) -> VideoBatch:
-        """The same batch on another device."""
-        return VideoBatch(**{field.name: getattr(self, field.name).to(device) for field in fields(self)})
+    def to(self, device: torch.device | str, *, non_blocking: bool = False) -> VideoBatch:
+        """The same batch on another device; ``non_blocking`` as of `torch.Tensor.to`."""
+        return VideoBatch(
+            **{field.name: getattr(self, field.name).to(device, non_blocking=non_blocking) for field in fields(self)}
+        )
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)  # one object is one stream, whatever is in it
 class VideoBatches:
     """Makes the batch of any samples and any frames of them, whatever was made before and on whichever rank.
 
@@ -84,10 +86,24 @@ class VideoBatches:
                 )
         return shapes[0]
 
-    def batch(self, positions: Sequence[int], frames: range) -> VideoBatch:
+    def empty(self, positions: Sequence[int], frames: range, *, pin_memory: bool = False) -> VideoBatch:
+        """Memory for ``batch(positions, frames)``, as of `torch.empty`."""
+        new, shape, count = partial(torch.empty, pin_memory=pin_memory), self.shape(positions), len(positions)
+        tokens, width = self.samples.conditioning_tokens, self.samples.conditioning_width
+        return VideoBatch(
+            video=new(len(frames), count, *shape[1:]),
+            noise=new(len(frames), count, *shape[1:]),
+            timesteps=new(math.ceil(shape.frames / self.patch[0]), count),
+            conditioning=new(count, tokens, width),
+            conditioning_mask=new(count, tokens, dtype=torch.bool),
+            conditioning_drop=new(count, dtype=torch.bool),
+        )
+
+    def batch(self, positions: Sequence[int], frames: range, into: VideoBatch | None = None) -> VideoBatch:
         """The samples at these positions, with the raw frames ``frames`` of each: a part of ``0 .. shape(positions).frames``.
 
-        Only these frames are read; a rank that holds none gives an empty range.
+        Only these frames are read; a rank that holds none gives an empty range. The batch is ``into``, memory of `empty`,
+        or new.
         """
         if frames.step != 1:
             raise ValueError(f"a rank holds consecutive frames, not {frames}: its step must be 1")
@@ -101,14 +117,17 @@ class VideoBatches:
             tokens, mask = self.samples.conditioning(index)
             conditioning.append(tokens)
             masks.append(mask)
-        return VideoBatch(
-            video=torch.stack(video, dim=1),
-            noise=torch.stack([draws.noise(self.seed, position, frames, shape[1:]) for position in positions], dim=1),
-            timesteps=torch.stack([self._timesteps(position, shape) for position in positions], dim=1),
-            conditioning=torch.stack(conditioning),
-            conditioning_mask=torch.stack(masks),
-            conditioning_drop=torch.tensor([draws.drop(self.seed, position, self.drop_probability) for position in positions]),
-        )
+        noise = [draws.noise(self.seed, position, frames, shape[1:]) for position in positions]
+        timesteps = [self._timesteps(position, shape) for position in positions]
+        drops = [draws.drop(self.seed, position, self.drop_probability) for position in positions]
+        batch = self.empty(positions, frames) if into is None else into
+        torch.stack(video, dim=1, out=batch.video)
+        torch.stack(noise, dim=1, out=batch.noise)
+        torch.stack(timesteps, dim=1, out=batch.timesteps)
+        torch.stack(conditioning, out=batch.conditioning)
+        torch.stack(masks, out=batch.conditioning_mask)
+        batch.conditioning_drop.copy_(torch.tensor(drops))
+        return batch
 
     def _timesteps(self, position: int, shape: Shape) -> torch.Tensor:
         token_frames, *grid = (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import lru_cache
 
 import numpy as np
 
@@ -34,23 +35,18 @@ class BucketOrder:
         self._members = np.split(grouped, np.cumsum(counts)[:-1])  # the samples of each bucket
         self._streams = [draws.SampleOrder(int(count), seed, stream) for stream, count in enumerate(counts)]
         self._batches = -(-counts // global_batch_size)  # how many each bucket has in a round
-        # Only saves time, as in draws.SampleOrder.
-        self._last_round = (0, self._round(0))
+        self._round = lru_cache(maxsize=2)(self._draw_round)  # as in draws.SampleOrder
 
     def __getitem__(self, position: int) -> int:
         if position < 0:
             raise ValueError(f"no sample at position={position}: it must be >= 0")
         batch, place = divmod(position, self._global_batch_size)
         round_number, batch_in_round = divmod(batch, int(self._batches.sum()))
-        known, batches = self._last_round
-        if known != round_number:
-            batches = self._round(round_number)
-            self._last_round = (round_number, batches)
-        bucket, number = batches[batch_in_round].tolist()
+        bucket, number = self._round(round_number)[batch_in_round].tolist()
         number += round_number * int(self._batches[bucket])
         return int(self._members[bucket][self._streams[bucket][number * self._global_batch_size + place]])
 
-    def _round(self, round_number: int) -> np.ndarray:
+    def _draw_round(self, round_number: int) -> np.ndarray:
         """The bucket of each batch of a round, and its number among that bucket's batches there: ``[batches, 2]``."""
         buckets = np.repeat(np.arange(len(self._batches)), self._batches)
         order = buckets[draws.batch_order(len(buckets), self._seed, round_number)]

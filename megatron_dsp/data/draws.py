@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from enum import IntEnum
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -105,20 +106,16 @@ class SampleOrder:
         if size < 1:
             raise ValueError(f"an order of size={size} samples has none to give: size must be >= 1")
         self._size, self._seed, self._stream = size, seed, stream
-        # Only saves time: it is computed again for another epoch. A tuple, so that threads never see half of it.
-        self._last = (0, self._permutation(0))
+        # Only saves time. Two: batches of the next epoch are made ahead while this one's are asked for.
+        self._permutation = lru_cache(maxsize=2)(self._draw_permutation)
 
     def __getitem__(self, position: int) -> int:
         if position < 0:
             raise ValueError(f"no sample at position={position}: it must be >= 0")
         epoch, place = divmod(position, self._size)
-        known, permutation = self._last
-        if known != epoch:
-            permutation = self._permutation(epoch)
-            self._last = (epoch, permutation)
-        return int(permutation[place])
+        return int(self._permutation(epoch)[place])
 
-    def _permutation(self, epoch: int) -> np.ndarray:
+    def _draw_permutation(self, epoch: int) -> np.ndarray:
         return _generator(_Purpose.ORDER, self._seed, epoch, self._stream).permutation(self._size)
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from megatron_dsp.data import VideoBatch, VideoBatches
+from megatron_dsp.data import BatchesAhead, BatchRequest, VideoBatch, VideoBatches
 from megatron_dsp.errors import UsageError
 from megatron_dsp.layout import shard_range
 from megatron_dsp.mesh import Mesh
@@ -25,6 +25,8 @@ from megatron_dsp.tensor import TensorParallel
 from megatron_dsp.training import rectified_flow
 from megatron_dsp.training.checkpointing import load_weights
 from megatron_dsp.training.loop import MicroBatch
+
+_AHEAD = 2  # micro-batches that are made before they are asked for: one may take longer than a step
 
 
 class VideoDiffusion:
@@ -41,7 +43,8 @@ class VideoDiffusion:
         self, model: VideoDiTConfig, mesh: Mesh, backend: str, *, training: VideoBatches, validation: VideoBatches
     ) -> None:
         self.model, self.backend, self.training, self.validation = model, backend, training, validation
-        self._group, self._device = mesh.group("sequence"), mesh.device
+        self._group, self._data_ranks = mesh.group("sequence"), mesh.size("data")
+        self._ahead = BatchesAhead(mesh.device)
 
     def loss(self, model: nn.Module, samples: list[int]) -> Tensor:
         """The loss of training samples."""
@@ -103,7 +106,18 @@ class VideoDiffusion:
 
     def _batch(self, batches: VideoBatches, samples: list[int]) -> VideoBatch:
         with profile_range("data"):
-            return batches.batch(samples, self._frames(batches, samples)).to(self._device)
+            following = [self._request(batches, later) for later in self._later(samples)] if batches is self.training else None
+            return self._ahead.take(self._request(batches, samples), following)
+
+    def _request(self, batches: VideoBatches, samples: list[int]) -> BatchRequest:
+        return BatchRequest(batches, tuple(samples), self._frames(batches, samples))
+
+    def _later(self, samples: list[int]) -> list[list[int]]:
+        """The next micro-batches of this data rank in training, where data ranks take theirs in turn."""
+        stride, size = len(samples) * self._data_ranks, self.training.global_batch_size
+        later = [[position + number * stride for position in samples] for number in range(1, 1 + _AHEAD)]
+        # Of two global batches, samples may not stack: then the caller takes them in another way.
+        return [positions for positions in later if positions[0] // size == positions[-1] // size]
 
     def _frames(self, batches: VideoBatches, samples: list[int]) -> range:
         """This rank's raw frames of samples: those of its token frames."""
