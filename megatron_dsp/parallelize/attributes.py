@@ -41,7 +41,7 @@ class LocalAttributes:
             if isinstance(side, Slice):
                 value = forward.own_rows(where, own, parse(side.pattern), sharded)
             else:
-                value = forward.local_value(where, own, side, sharded, sharded)
+                value = forward.local_value(where, own, side, sharded, forward.sizes_for_attributes(sharded))
             first, *rest = path.split(".")
             self._put(first, _copy_with_attribute(getattr(self.module, first), rest, value) if rest else value)
 

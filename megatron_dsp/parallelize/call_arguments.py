@@ -111,6 +111,23 @@ def float_tensors(value: Any) -> Iterator[Tensor]:
             yield from float_tensors(item)
 
 
+def containers(value: Any) -> Iterator[list[Any] | dict[Any, Any] | set[Any]]:
+    """The lists, dicts and sets in arguments, however deep: what a module may add to, or take from."""
+    if isinstance(value, (list, dict, set)):
+        yield value
+    if isinstance(value, (tuple, list, Mapping)):
+        for item in value.values() if isinstance(value, Mapping) else value:
+            yield from containers(item)
+
+
+def find_tensor(value: Any) -> Tensor | None:
+    """The first tensor that has dims, however deep in arguments or in what a module returned; None where there is none."""
+    if isinstance(value, Tensor):
+        return value if value.dim() else None
+    items = value.values() if isinstance(value, Mapping) else value if isinstance(value, (tuple, list)) else ()
+    return next((found for found in map(find_tensor, items) if found is not None), None)
+
+
 def replace_items(output: Any, values: Mapping[ArgumentOrItem, Any]) -> Any:
     """``output`` with ``values`` in the places of its items; the module's own object stays as it is."""
     for place, value in values.items():

@@ -7,10 +7,11 @@ module that is computed again in backward (gradient checkpointing) makes the sam
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, TypeAlias
 
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -20,15 +21,28 @@ from megatron_dsp.errors import UsageError
 from megatron_dsp.mesh import Mesh
 from megatron_dsp.parallelize.attention_calls import AttentionCallsOverRanks
 from megatron_dsp.parallelize.attributes import LocalAttributes
-from megatron_dsp.parallelize.call_arguments import Parameters, Passed, get, output_item, put, replace_items
+from megatron_dsp.parallelize.call_arguments import (
+    Parameters,
+    Passed,
+    containers,
+    find_tensor,
+    get,
+    output_item,
+    put,
+    replace_items,
+)
 from megatron_dsp.parallelize.layout_changes import LayoutChange, change_layouts
 from megatron_dsp.parallelize.match import check_boundaries, modules_of, modules_with_attributes, planned_modules
 from megatron_dsp.parallelize.model_plan import Plan
-from megatron_dsp.parallelize.module_needs import ArgumentOrItem, Boundary, Carried, Needs, Reduced, Slice
+from megatron_dsp.parallelize.module_needs import ArgumentOrItem, Boundary, Carried, Key, Needs, Reduced, Slice
 from megatron_dsp.parallelize.pattern import parse
 from megatron_dsp.parallelize.reductions import reduce_output
+from megatron_dsp.parallelize.routes import Route
 from megatron_dsp.parallelize.sharded_forward import Agree, Call, ShardedForward
+from megatron_dsp.parallelize.slices import Range, SlicesFromModule, SlicesToModule
 
+_Path: TypeAlias = tuple[Key, ...]  # an argument, or an item of one, as `Parameters.path` has found it
+_Values: TypeAlias = dict[_Path, Any]
 _handles: weakref.WeakKeyDictionary[nn.Module, list[RemovableHandle]] = weakref.WeakKeyDictionary()  # of parallelized models
 
 
@@ -98,7 +112,7 @@ def attach(model: nn.Module, plan: Plan, group: dist.ProcessGroup, agree: Agree 
         if name in planned:
             runs = _ModuleHooks(forward, name, modules[name], attributes.get(name))
             before(name, lambda module, args, kwargs, runs=runs: runs.before(module, (args, kwargs)))
-            after(name, lambda module, args, output, runs=runs: runs.after(output))
+            after(name, lambda module, args, output, runs=runs: runs.after(module, output))
             always_after(name, lambda *_, runs=runs: runs.finish())
         elif name in attributes:
             waits = attributes[name] in around_entry
@@ -144,8 +158,10 @@ def _hook_before_boundary(
             found = {place: (path, get(passed, path)) for place, path in paths.items() if path is not None}
             changes = _boundary_changes(forward, boundary, enters, where, {place: x for place, (_, x) in found.items()})
             _swap_attributes(attributes, forward if enters else None)
-        whole = change_layouts(changes, forward.group, "enter" if enters else "leave")
-        return put(passed, {found[place][0]: x for place, x in whole.items()})[0]
+        moved = change_layouts(changes, forward.group, "enter" if enters else "leave")
+        if enters:
+            forward.choose_slices(moved[first])
+        return put(passed, {found[place][0]: x for place, x in moved.items()})[0]
 
     return hook
 
@@ -160,7 +176,10 @@ def _hook_after_boundary(
             found = {place: output_item(output, place, where) for place in boundary.tensors}
             changes = _boundary_changes(forward, boundary, enters, where, found)
             _swap_attributes(attributes, forward if enters else None)
-        return replace_items(output, change_layouts(changes, forward.group, "enter" if enters else "leave"))
+        moved = change_layouts(changes, forward.group, "enter" if enters else "leave")
+        if enters:
+            forward.choose_slices(moved[next(iter(boundary.tensors))])
+        return replace_items(output, moved)
 
     return hook
 
@@ -206,15 +225,32 @@ def _hook_after_attributes(forward: ShardedForward, attributes: LocalAttributes)
 
 @dataclass
 class _RunningCall:
-    """A call of a planned module that has not returned."""
+    """A call of a planned module that has not returned.
+
+    Attributes:
+        exits: what is to be undone after it.
+        passed: the arguments of its caller.
+        call: what the module needs this time.
+        inputs: of each slice, or of the whole: what gives the values that the module gets in the places of arguments.
+        lengths: of the lists, dicts and sets among the arguments.
+        first: what is to be undone after the first slice, or the whole.
+        attention: sees its calls of attention.
+    """
 
     exits: ExitStack
+    passed: Passed
     call: Call | None = None
+    inputs: Sequence[Callable[[], _Values]] = ()
+    lengths: Sequence[int] = ()
+    first: ExitStack = field(default_factory=ExitStack)
     attention: AttentionCallsOverRanks | None = None
 
 
 class _ModuleHooks:
-    """What is done before and after a planned module."""
+    """What is done before and after a planned module.
+
+    Where it runs in slices, its own call is that of the first one. The others follow it, by the module's forward alone.
+    """
 
     def __init__(self, forward: ShardedForward, name: str, module: nn.Module, attributes: LocalAttributes | None):
         self._forward, self._name, self._attributes = forward, name, attributes
@@ -224,70 +260,183 @@ class _ModuleHooks:
 
     def before(self, module: nn.Module, passed: Passed) -> Passed:
         """The arguments that the module gets."""
-        forward, running = self._forward, _RunningCall(ExitStack())
+        forward, running = self._forward, _RunningCall(ExitStack(), passed)
         self._running.append(running)
-        changes: dict[tuple[Any, ...], LayoutChange] = {}
-        values: dict[tuple[Any, ...], Any] = {}
         with forward.agree_on_errors():
-            running.call = needs, route = forward.call(self._name)
+            running.call = needs, route, slices = forward.call(self._name)
             if needs.attention is not None and module.training and getattr(module, "gradient_checkpointing", False):
                 raise UsageError(
                     f"{self._where} has attention= and checkpoints its own forward (gradient_checkpointing), which would "
                     "attend within a shard when it is computed again; name the module within it that attends"
                 )
-            path = self._parameters.required_path(needs.activation, passed)
-            where = self._parameters.describe(needs.activation)
-            changes[path] = forward.layout_change(where, get(passed, path), parse(needs.pattern), route.before, route.inside)
-            for place, side in needs.arguments.items():
-                where, found = self._parameters.describe(place), self._parameters.path(place, passed)
-                if found is None:
-                    continue
-                if isinstance(side, (Slice, Carried)):
-                    source = route.before if isinstance(side, Carried) else None
-                    changes[found] = forward.layout_change(where, get(passed, found), parse(side.pattern), source, route.inside)
-                else:
-                    values[found] = forward.local_value(where, get(passed, found), side, route.before, route.inside)
+            changes, numbers = self._find_inputs(passed, needs, route)
+            values = []
+            for part in slices or (None,):
+                with forward.in_slice(part):
+                    sizes = forward.local_sizes(route.inside)
+                    values.append({path: number(sizes) for path, number in numbers.items()})
+            if slices:
+                self._refuse_other_arguments(passed, [*changes, *numbers])
+                running.lengths = [len(container) for container in containers(passed)]
             if self._attributes is not None:
                 running.exits.callback(self._attributes.restore)
                 self._attributes.module = module
                 self._attributes.make_local(forward, route.inside)
-        passed, undo = put(passed, {**values, **change_layouts(changes, forward.group, self._name)})
-        for put_back in undo:
-            running.exits.callback(put_back)
+        running.inputs = self._send_inputs(changes, values, slices)
+        running.exits.callback(running.first.close)
+        passed = self._enter_slice(running, running.call, 0, running.first)
         if needs.attention is not None:
             attention = AttentionCallsOverRanks(forward, self._name, needs.attention, route.inside)
             running.attention = running.exits.enter_context(attention)
         return passed
 
-    def after(self, output: Any) -> Any:
+    def after(self, module: nn.Module, output: Any) -> Any:
         """What follows gets instead of the module's ``output``."""
-        forward, running = self._forward, self._running[-1]
-        running.exits.close()
+        running = self._running[-1]
         assert running.call is not None  # `before` has run
-        needs, route = running.call
-        if self._attributes is not None:
-            self._attributes.make_local_in_backward(output, forward, route.inside)
-        with forward.agree_on_errors():
-            if running.attention is not None and not running.attention.calls:
-                raise UsageError(
-                    f"{self._where} has attention=, but called no scaled_dot_product_attention; let its library use that "
-                    "(attn_implementation='sdpa'), or name the module that does"
-                )
-            found = output_activations(self._name, needs, output)
-            changes = {
-                place: forward.layout_change(f"{self._where}: output {place!r}", x, parse(text), route.inside, route.after)
-                for place, (x, text) in found.items()
-            }
-        results = change_layouts(changes, forward.group, self._name)
-        for place, kept in needs.outputs.items():
+        running.first.close()
+        arrive = self._send_outputs(module, output, running, running.call)
+        running.exits.close()
+        results = arrive()
+        for place, kept in running.call.needs.outputs.items():
             if isinstance(kept, Reduced):
-                results[place] = reduce_output(results[place], kept, route, forward, self._name)
+                results[place] = reduce_output(results[place], kept, running.call.route, self._forward, self._name)
         return replace_items(output, results)
 
     def finish(self) -> None:
         """The module has returned, or raised."""
         if self._running:
             self._running.pop().exits.close()
+
+    def _find_inputs(
+        self, passed: Passed, needs: Needs, route: Route
+    ) -> tuple[dict[_Path, LayoutChange], dict[_Path, Callable[[Mapping[str, int]], Any]]]:
+        """The tensors that are to move, and what gives the other values, from the sizes that the module sees."""
+        forward = self._forward
+        path = self._parameters.required_path(needs.activation, passed)
+        where = self._parameters.describe(needs.activation)
+        changes = {path: forward.layout_change(where, get(passed, path), parse(needs.pattern), route.before, route.inside)}
+        numbers: dict[_Path, Callable[[Mapping[str, int]], Any]] = {}
+        for place, side in needs.arguments.items():
+            where, found = self._parameters.describe(place), self._parameters.path(place, passed)
+            if found is None:
+                continue
+            if isinstance(side, (Slice, Carried)):
+                source = route.before if isinstance(side, Carried) else None
+                changes[found] = forward.layout_change(where, get(passed, found), parse(side.pattern), source, route.inside)
+            else:
+                numbers[found] = partial(forward.local_value, where, get(passed, found), side, route.before)
+        return changes, numbers
+
+    def _send_inputs(
+        self, changes: Mapping[_Path, LayoutChange], values: Sequence[_Values], slices: Sequence[Range]
+    ) -> list[Callable[[], _Values]]:
+        group, name = self._forward.group, self._name
+        if not slices:
+            moved = change_layouts(changes, group, name)
+            return [lambda: {**values[0], **moved}]
+        dim = str(self._forward.plan.independent)
+        tensors = {path: SlicesToModule(change, dim, slices, group, name) for path, change in changes.items()}
+        # The first slice of each of them leaves before the second one of any.
+        arrivals = [{path: tensor.send(number) for path, tensor in tensors.items()} for number in range(len(slices))]
+
+        def arrive(number: int) -> _Values:
+            return {**values[number], **{path: arrive() for path, arrive in arrivals[number].items()}}
+
+        return [partial(arrive, number) for number in range(len(slices))]
+
+    def _enter_slice(self, running: _RunningCall, call: Call, number: int, exits: ExitStack) -> Passed:
+        """The arguments of a slice, or of the whole, until ``exits``."""
+        if call.slices:
+            exits.enter_context(self._forward.in_slice(call.slices[number]))
+        passed, undo = put(running.passed, running.inputs[number]())
+        for put_back in undo:
+            exits.callback(put_back)
+        return passed
+
+    def _send_outputs(
+        self, module: nn.Module, output: Any, running: _RunningCall, call: Call
+    ) -> Callable[[], dict[ArgumentOrItem, Tensor]]:
+        """Run the slices that follow the first one, where there are some; what gives the activations in their new layout."""
+        forward, group, name = self._forward, self._forward.group, self._name
+        if not call.slices:
+            with forward.agree_on_errors():
+                changes = self._find_outputs(output, running, call)
+            return partial(change_layouts, changes, group, name)
+        results: dict[ArgumentOrItem, SlicesFromModule] = {}
+        for number, part in enumerate(call.slices):
+            if number:
+                with ExitStack() as exits:
+                    args, kwargs = self._enter_slice(running, call, number, exits)
+                    output = module.forward(*args, **kwargs)
+            with forward.agree_on_errors(), forward.in_slice(part):
+                changes = self._find_outputs(output, running, call)
+                self._refuse_other_outputs(output, changes)
+                if number == 0:
+                    self._refuse_changes_of_arguments(running)
+                    versions = _find_versions(module)
+                elif _find_versions(module) != versions:
+                    raise self._explain("it changes a buffer in each call, as BatchNorm in training does", _LET_IT_RUN_WHOLE)
+            for place, change in changes.items():
+                if number == 0:
+                    results[place] = SlicesFromModule(str(forward.plan.independent), group, name)
+                results[place].send(change)
+        return lambda: {place: slices.join() for place, slices in results.items()}
+
+    def _find_outputs(self, output: Any, running: _RunningCall, call: Call) -> dict[ArgumentOrItem, LayoutChange]:
+        """The activations among what the module returned, which are to move."""
+        if self._attributes is not None:
+            self._attributes.make_local_in_backward(output, self._forward, call.route.inside)
+        if running.attention is not None and not running.attention.calls:
+            raise UsageError(
+                f"{self._where} has attention=, but called no scaled_dot_product_attention; let its library use that "
+                "(attn_implementation='sdpa'), or name the module that does"
+            )
+        _, inside, after = call.route
+        return {
+            place: self._forward.layout_change(f"{self._where}: output {place!r}", x, parse(text), inside, after)
+            for place, (x, text) in output_activations(self._name, call.needs, output).items()
+        }
+
+    def _refuse_other_arguments(self, passed: Passed, paths: Iterable[_Path]) -> None:
+        """Errors: UsageError where a tensor is passed that the plan does not name: a slice may have to get a part of it."""
+        (args, kwargs), undo = put(passed, dict.fromkeys(paths))
+        found = {key: find_tensor(value) for key, value in [*enumerate(args), *kwargs.items()]}
+        for put_back in undo:
+            put_back()
+        for key, x in found.items():
+            if x is not None:
+                raise self._explain(
+                    f"argument {key!r} has a tensor of shape {tuple(x.shape)} that the plan does not name",
+                    "name it in arguments=, as Slice of its dims",
+                )
+
+    def _refuse_other_outputs(self, output: Any, places: Iterable[ArgumentOrItem]) -> None:
+        """Errors: UsageError where the module returned a tensor that the plan does not name: its slices cannot be joined."""
+        x = find_tensor(replace_items(output, dict.fromkeys(places)))
+        if x is not None:
+            raise self._explain(
+                f"it returns a tensor of shape {tuple(x.shape)} that the plan does not name", "name it in outputs="
+            )
+
+    def _refuse_changes_of_arguments(self, running: _RunningCall) -> None:
+        """Errors: UsageError where the module has added to a list, dict or set of its caller's, or taken from it."""
+        if [len(container) for container in containers(running.passed)] != running.lengths:
+            raise self._explain("it adds to a list, dict or set that it is passed, or takes from it", _LET_IT_RUN_WHOLE)
+
+    def _explain(self, reason: str, fix: str) -> UsageError:
+        dim = self._forward.plan.independent
+        return UsageError(
+            f"{self._where} runs in slices of {dim!r}, which is independent=, but {reason}; {fix.format(dim=dim)}"
+        )
+
+
+_LET_IT_RUN_WHOLE = "name {dim!r} in its whole=, and it runs whole"
+
+
+def _find_versions(module: nn.Module) -> list[tuple[int, int]]:
+    """Of the buffers of ``module``: they are others after a buffer was changed, or replaced."""
+    return [(id(buffer), 0 if buffer.is_inference() else buffer._version) for buffer in module.buffers()]
 
 
 def output_activations(name: str, needs: Needs, output: Any) -> dict[ArgumentOrItem, tuple[Any, str]]:

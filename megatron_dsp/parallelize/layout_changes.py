@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_dsp.layout import shard_range
 from megatron_dsp.parallelize.pattern import Pattern
 from megatron_dsp.reshard import gather, split, switch
 
@@ -49,6 +50,21 @@ class LayoutChange:
                 return [self._part(x, pattern) for x, pattern in zip(xs, patterns, strict=True)], dim
         return [self], 0
 
+    @property
+    def is_switch(self) -> bool:
+        """Whether the shard moves from one dim to another."""
+        return self.source != self.target and self.source is not None and self.target is not None
+
+    def sizes_after(self, group: dist.ProcessGroup) -> dict[str, int]:
+        """Of each of its named dims, after the move."""
+        sizes = dict(self.sizes)
+        if self.source != self.target and self.source is not None:
+            sizes[self.source] = self.size
+        if self.source != self.target and self.target is not None:
+            start, stop = shard_range(sizes[self.target], group.size(), group.rank())
+            sizes[self.target] = stop - start
+        return sizes
+
     def _part(self, x: Tensor, pattern: Pattern) -> LayoutChange:
         source, target = (dim if dim in pattern.names else None for dim in (self.source, self.target))
         return LayoutChange(x, pattern, self.sizes, source, target, 0 if source is None else self.size)
@@ -81,10 +97,9 @@ def change_layouts(
         xs = [parts[key].pattern.unflatten(parts[key].x, parts[key].sizes) for key in keys]
         switched = switch(xs, gather=gathered, split=divided, size=size, group=group, stage=stage)
         done.update({key: parts[key].pattern.flatten(x) for key, x in zip(keys, switched, strict=True)})
-    return {
-        key: _join(change, [done[key, index] for index in range(len(change.parts()[0]))]) for key, change in changes.items()
-    }
+    return {key: join(change, [done[key, index] for index in range(len(change.parts()[0]))]) for key, change in changes.items()}
 
 
-def _join(change: LayoutChange, parts: list[Tensor]) -> Tensor:
+def join(change: LayoutChange, parts: list[Tensor]) -> Tensor:
+    """A tensor from its `LayoutChange.parts`, after the move."""
     return parts[0] if len(parts) == 1 else torch.cat(parts, change.parts()[1])

@@ -30,6 +30,9 @@ class Plan:
             where activations enter, all but one must be found there.
         attributes: by patterns of names of modules: what these modules find in attributes of their own (tables of positions,
             numbers of a config, as "config.num_frames"), made that of their part while they run in the region.
+        independent: a dim of the activation, as the batch, in slices of which modules may run where the group's overlap says
+            so: one slice's switches travel while others are computed. Modules that need it whole, and those without a switch,
+            run whole. Its elements must not meet in the others.
 
     Errors: UsageError where its parts do not fit each other.
     """
@@ -42,6 +45,7 @@ class Plan:
     switching: Literal["around", "lazy"] = "around"
     sizes: Boundary | None = None
     attributes: Mapping[str, Mapping[str, Slice | LocalSize | Computed]] = field(default_factory=dict)
+    independent: str | None = None
 
     def __post_init__(self) -> None:
         boundaries = [boundary for boundary in (self.enter, self.leave, self.sizes) if boundary is not None]
@@ -66,6 +70,8 @@ class Plan:
             self._check_module(f"modules[{name!r}]", needs)
         for name, sides in self.attributes.items():
             self._check_attributes(f"attributes[{name!r}]", sides)
+        if self.independent is not None:
+            self._check_independent(self.independent)
 
     @property
     def dims(self) -> tuple[str, ...]:
@@ -189,8 +195,42 @@ class Plan:
                 self._check_pattern(where, parse(side.pattern), self.known)
 
     def _check_size(self, where: str, side: Any) -> None:
-        if isinstance(side, LocalSize) and side.dim not in self.dims:
-            raise UsageError(f"{where}: {side.dim!r} is none of the dims {', '.join(self.dims)}")
+        dims = self.dims if self.independent is None else (*self.dims, self.independent)
+        if isinstance(side, LocalSize) and side.dim not in dims:
+            raise UsageError(f"{where}: {side.dim!r} is none of the dims {', '.join(dims)}")
+
+    def _check_independent(self, dim: str) -> None:
+        entering = [name for name in parse(next(iter(self.enter.tensors.values()))).names if name in self.known]
+        if dim not in entering or (self.switching == "around" and dim == self.shard):
+            raise UsageError(
+                f"independent={dim!r} must be a dim of the activation that enters, {', '.join(entering)}, and not the one that "
+                "is sharded between modules; the batch, as a rule"
+            )
+        for name, needs in self.all_needs():
+            if dim not in needs.mixes and dim in parse(needs.pattern).names:
+                self._check_slices(f"modules[{name!r}]", needs, dim)
+        for name, sides in self.attributes.items():
+            for path, side in sides.items():
+                named = parse(side.pattern).names if isinstance(side, Slice) else ()
+                if dim in named or side == LocalSize(dim):
+                    raise UsageError(
+                        f"attributes[{name!r}]: {path!r} depends on {dim!r}, which is independent=; attributes are the same "
+                        "in all slices; pass it as an argument"
+                    )
+
+    def _check_slices(self, where: str, needs: Needs, dim: str) -> None:
+        for output in needs.outputs.values():
+            text = output if isinstance(output, str) else output.pattern
+            if dim not in parse(text).names:
+                raise UsageError(
+                    f"{where}: {text!r} has no {dim!r}, which is independent=, so slices of it could not be joined; name it in "
+                    "whole= of a module that mixes it"
+                )
+        for pattern in needs.patterns:
+            if dim in pattern.names and pattern.dim_of(dim) in pattern.sums:
+                raise UsageError(
+                    f"{where}: {pattern.text!r} has other tokens beside {dim!r}, which is independent=; choose another dim"
+                )
 
     def _check_pattern(self, where: str, pattern: Pattern, known: Sequence[str] | set[str]) -> None:
         for terms in pattern.dims:

@@ -101,6 +101,12 @@ class Pattern:
             x = x.flatten(dim, dim + max(len(self._names_within(dim)), 1) - 1)
         return x
 
+    def narrow(self, x: Tensor, sizes: Mapping[str, int], name: str, start: int, stop: int) -> Tensor:
+        """The elements from ``start`` to ``stop`` of the dim ``name``; all of ``x`` where it has no such dim."""
+        if name not in self.names:
+            return x
+        return self.flatten(self.unflatten(x, sizes).narrow(self.index(name), start, stop - start))
+
     def index(self, name: str) -> int:
         """The dim of the unflattened tensor that ``name`` is."""
         dim = self.dim_of(name)

@@ -28,6 +28,13 @@ class Routes(NamedTuple):
     end: str
 
 
+def may_slice(needs: Needs, route: Route, dim: str | None) -> bool:
+    """Whether a module may run in slices of ``dim``, and has a switch that is to travel beside them."""
+    if dim is None or dim in needs.mixes or dim not in parse(needs.pattern).names:
+        return False
+    return route.before != route.inside and dim not in route
+
+
 def find_routes(
     plan: Plan,
     planned: Mapping[str, tuple[Needs, ...]],

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import accumulate, groupby
 from math import prod
 from typing import Any, NamedTuple
 
@@ -14,21 +15,28 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_dsp.errors import RankError, UsageError
-from megatron_dsp.layout import shard_range
+from megatron_dsp.layout import Layout, shard_range
 from megatron_dsp.parallelize.layout_changes import LayoutChange, change_layouts
 from megatron_dsp.parallelize.model_plan import Plan
 from megatron_dsp.parallelize.module_needs import ArgumentOrItem, Computed, LocalSize, Needs
 from megatron_dsp.parallelize.pattern import Pattern, parse
-from megatron_dsp.parallelize.routes import Route, Routes, find_routes
+from megatron_dsp.parallelize.routes import Route, Routes, find_routes, may_slice
+from megatron_dsp.parallelize.slices import Range
+from megatron_dsp.reshard import overlap_of
+from megatron_dsp.reshard.stages.schedule import chunk_sizes
 
 Agree = Callable[[Exception | None], None]
 
 
 class Call(NamedTuple):
-    """Of a planned module: what it needs this time, and the layouts of its activation."""
+    """Of a planned module: what it needs this time, the layouts of its activation, and the slices in which it runs.
+
+    ``slices`` are of the plan's independent dim; none: it runs whole.
+    """
 
     needs: Needs
     route: Route
+    slices: tuple[Range, ...]
 
 
 @dataclass
@@ -61,6 +69,9 @@ class ShardedForward:
         self._routes: Routes | None = None
         self._routes_by_sizes: dict[tuple[tuple[tuple[str, int], ...], int, str | None], Routes] = {}
         self._bytes_per_position = 0
+        self._layout = Layout((), ())  # of the activation, where it has entered
+        self._slices: tuple[Range, ...] = ()  # of the plan's independent dim, in the last forward
+        self._slice: Range | None = None  # in which a module runs now
         self.preferred: str | None = None
         self._progress: _ForwardState | None = None
         self.last_calls: dict[str, Call] = {}  # the last call of each planned module
@@ -110,7 +121,39 @@ class ShardedForward:
         channels = [sizes[dim] for dim in pattern.names if dim not in self._sizes]
         self._bytes_per_position = x.element_size() * prod(channels)
         self._routes = self.routes_with(self.preferred)
+        self._layout = Layout(pattern.names, tuple(sizes[dim] for dim in pattern.names), self._routes.start)
         return self._routes.start
+
+    def choose_slices(self, x: Tensor) -> None:
+        """Ask the group's overlap in how many slices modules run in this forward. ``x`` is the activation that has entered.
+
+        In backward, modules are computed again as they were. A compiled graph would order the ends of switches as it likes.
+        """
+        overlap, dim = overlap_of(self.group), self.plan.independent
+        if torch._C._current_graph_task_id() != -1:
+            return
+        self._slices = ()
+        layouts = [self.routes.start]
+        for name, several in self._planned.items():
+            for needs, route in zip(several, self.routes.modules[name], strict=True):
+                if may_slice(needs, route, dim):
+                    layouts += route
+        layouts = [layout for layout, _ in groupby(layouts)]
+        if overlap is None or dim is None or len(layouts) == 1 or self.group.size() == 1 or torch.compiler.is_compiling():
+            return
+        schedule = overlap.choose(self._layout, self.group, layouts, x, dim)
+        if schedule.cut_dim(self.routes.start) == dim:
+            stops = [*accumulate(chunk_sizes(self._sizes[dim], schedule.chunks[dim], schedule.shrink))]
+            self._slices = tuple(zip([0, *stops], stops, strict=False))
+
+    @contextmanager
+    def in_slice(self, part: Range | None) -> Iterator[None]:
+        """In the block, a module runs in this slice of the plan's independent dim."""
+        outer, self._slice = self._slice, part
+        try:
+            yield
+        finally:
+            self._slice = outer
 
     def routes_with(self, preferred: str | None) -> Routes:
         """Those of the last sizes, with a dim that is ``preferred``."""
@@ -152,7 +195,9 @@ class ShardedForward:
                 self._check_order(where, name, progress)
             index = progress.calls[name] % len(several)
             progress.calls[name] += 1
-        self.last_calls[name] = Call(several[index], self.routes.modules[name][index])
+        needs, route = several[index], self.routes.modules[name][index]
+        slices = self._slices if may_slice(needs, route, self.plan.independent) else ()
+        self.last_calls[name] = Call(needs, route, slices)
         return self.last_calls[name]
 
     def _check_order(self, where: str, name: str, progress: _ForwardState) -> None:
@@ -184,8 +229,8 @@ class ShardedForward:
 
     @property
     def sizes(self) -> Mapping[str, int]:
-        """The global sizes of dims in the last forward."""
-        return self._sizes
+        """The global sizes of dims in the last forward, or in the slice that runs."""
+        return self.local_sizes(None)
 
     def _current_progress(self, where: str) -> _ForwardState | None:
         """The forward that is under way; None where backward computes a module again."""
@@ -208,8 +253,11 @@ class ShardedForward:
         return shard_range(self._sizes[dim], self.group.size(), self.group.rank())
 
     def local_sizes(self, sharded: str | None) -> dict[str, int]:
-        """The size of each dim on this rank where ``sharded`` is sharded."""
+        """The size of each dim on this rank where ``sharded`` is sharded, in the slice that runs."""
         local = dict(self._sizes)
+        if self._slice is not None and self.plan.independent is not None:
+            start, stop = self._slice
+            local[self.plan.independent] = stop - start
         if sharded is not None:
             start, stop = self.own_range(sharded)
             local[sharded] = stop - start
@@ -222,15 +270,25 @@ class ShardedForward:
         source, target = (dim if dim in pattern.names else None for dim in (source, target))
         return LayoutChange(x, pattern, sizes, source, target, 0 if source is None else self._sizes[source])
 
-    def local_value(self, where: str, value: Any, side: LocalSize | Computed, before: str, inside: str) -> Any:
-        """What a module gets instead of ``value``. Errors: RankError where that is not the size outside the module."""
+    def sizes_for_attributes(self, sharded: str) -> dict[str, int]:
+        """As `local_sizes`, but for the independent dim: attributes are the same in all slices of it."""
+        return {dim: size for dim, size in self.local_sizes(sharded).items() if dim != self.plan.independent}
+
+    def local_value(self, where: str, value: Any, side: LocalSize | Computed, before: str, sizes: Mapping[str, int]) -> Any:
+        """What a module that sees ``sizes`` gets instead of ``value``.
+
+        Errors: RankError where that is not the size outside the module, UsageError for a dim that has no size here.
+        """
         if isinstance(side, Computed):
-            return side.value(self.local_sizes(inside))
+            try:
+                return side.value(sizes)
+            except KeyError as error:
+                raise UsageError(f"{where}: its Computed asks for the size of {error}; there are {', '.join(sizes)}") from error
         expected = {self._sizes[side.dim], self.local_sizes(before)[side.dim]}
         if value not in expected:
-            sizes = " or ".join(map(str, sorted(expected)))
-            raise RankError(f"{where} is {value!r}, but the size of {side.dim} is {sizes}")
-        return self.local_sizes(inside)[side.dim]
+            given = " or ".join(map(str, sorted(expected)))
+            raise RankError(f"{where} is {value!r}, but the size of {side.dim} is {given}")
+        return sizes[side.dim]
 
     def own_rows(self, where: str, table: Any, pattern: Pattern, sharded: str) -> Tensor:
         """This rank's part of a table, of which the first rows count where it has more than the input.

@@ -25,6 +25,8 @@ from megatron_dsp.parallelize.module_needs import ArgumentOrItem, Needs, Reduced
 from megatron_dsp.parallelize.pattern import parse
 from megatron_dsp.parallelize.reductions import reduce_output_alone
 from megatron_dsp.parallelize.sharded_forward import ShardedForward
+from megatron_dsp.reshard import FixedOverlap, set_overlap
+from megatron_dsp.reshard.stages.overlap import whole_stages
 
 Inputs: TypeAlias = Tensor | tuple[Any, ...] | Mapping[str, Any]
 _Outputs: TypeAlias = dict[ArgumentOrItem, tuple[Tensor, str]]  # what a module returned, with patterns
@@ -60,7 +62,8 @@ def verify(model: nn.Module, inputs: Inputs, *, plan: Plan, mesh: Mesh, toleranc
     and 16 bits. Both runs are in evaluation mode, so without dropout, with noise in parameters that are all zero, and with a
     loss that weighs each position differently. Afterwards the model and the generators of random numbers are as they were.
     Use sizes that the ranks do not divide: many mistakes cancel where shards are equal. Where modules may run in other layouts,
-    which the planner may take at other sizes, ``model`` runs in these too.
+    which the planner may take at other sizes, ``model`` runs in these too. With ``plan.independent`` it runs in two slices as
+    well: give it two samples, or more.
 
     Collective over the sequence group. Every rank runs the model alone, so it must fit on one.
 
@@ -81,6 +84,7 @@ def verify(model: nn.Module, inputs: Inputs, *, plan: Plan, mesh: Mesh, toleranc
             alone.output = _run_model(model, inputs, planned, alone)
             alone.gradients = _gradients(model, alone.output)
         limit = _tolerance(alone.output[0].dtype) if tolerance is None else tolerance
+        trial.enter_context(whole_stages(group))
         forward = attach(model, plan, group, agreement.agree)
         trial.callback(unparallelize, model)
         agreement.mixers = _find_mixers(model, planned, forward, trial)
@@ -95,6 +99,13 @@ def verify(model: nn.Module, inputs: Inputs, *, plan: Plan, mesh: Mesh, toleranc
                 reports.append(_compare(model, inputs, planned, alone, _Comparison(alone, forward, agreement, limit)))
             except UsageError as error:
                 raise UsageError(f"with {dim} sharded in all modules that allow it, as at other sizes: {error}") from error
+        if plan.independent is not None:
+            forward.preferred = None
+            set_overlap(group, FixedOverlap(2, along=plan.independent))  # until `whole_stages` ends
+            try:
+                reports.append(_compare(model, inputs, planned, alone, _Comparison(alone, forward, agreement, limit)))
+            except UsageError as error:
+                raise UsageError(f"in two slices of {plan.independent}: {error}") from error
     modules, gradients = (
         {name: max(found[name] for found in differences) for name in differences[0]}
         for differences in ([report.modules for report in reports], [report.gradients for report in reports])
@@ -167,8 +178,12 @@ class _Comparison:
         self._module_inputs, self._module_outputs = iter(alone.module_inputs), iter(alone.module_outputs)
 
     def start(self, name: str, needs: Needs, x: Tensor) -> None:
-        expected = self._next(self._module_inputs, name)
-        whole = self._gather_whole(name, {0: (x, needs.pattern, self.forward.last_calls[name].route.inside)})[0]
+        expected, call = self._next(self._module_inputs, name), self.forward.last_calls[name]
+        if call.slices:  # the module has got the first one
+            dim, pattern = str(self.forward.plan.independent), parse(needs.pattern)
+            sizes = pattern.sizes(expected.shape, {**self.forward.sizes, dim: call.slices[-1][1]})
+            expected = pattern.narrow(expected, sizes, dim, *call.slices[0])
+        whole = self._gather_whole(name, {0: (x, needs.pattern, call.route.inside)})[0]
         what = f"module {name!r} is the first whose input differs, so what runs before it in the region does:"
         self.agreement.refuse(what, _difference(whole, expected), self.limit)
 

@@ -31,6 +31,7 @@ import megatron_dsp as dsp
 from megatron_dsp.parallelize.match import planned_modules
 from megatron_dsp.parallelize.pattern import parse
 from megatron_dsp.planner import Attention, StageNeeds, cheapest_plan
+from megatron_dsp.reshard import FixedOverlap, set_overlap
 
 MODELS = jobs.ROOT / "examples" / "models"
 sys.path.append(str(MODELS))  # the ranks of the pool get it too
@@ -193,6 +194,7 @@ class Found(NamedTuple):
     gradient: tuple[float, str]  # the largest difference, and which parameter's
     moved: dict[str, int]  # calls of each collective in the forward
     planned: dict[str, int]
+    repeated: dict[str, int]  # modules that were called more often than in the model alone, and how many times as often
 
 
 def _run(model: nn.Module, inputs: Mapping[str, Any], calls: Counter[str]) -> tuple[Run, dict[str, tuple[int, int]]]:
@@ -235,7 +237,7 @@ def _difference(x: Tensor, expected: Tensor, floor: float = 0.0) -> float:
     return float((x - expected).abs().max()) / max(float(expected.abs().max()), floor)
 
 
-def _compare(case: Case, sizes: Mapping[str, int], dtype: torch.dtype, checkpointed: bool) -> Found:
+def _compare(case: Case, sizes: Mapping[str, int], dtype: torch.dtype, checkpointed: bool, slices: int = 1) -> Found:
     mesh, example = dsp.Mesh(sequence=dist.get_world_size()), importlib.import_module(case.example)
     model = case.make_model(sizes).to(dtype)
     assert all(parameter.unique().numel() > 1 for parameter in model.parameters()), "a parameter has no noise"
@@ -243,7 +245,7 @@ def _compare(case: Case, sizes: Mapping[str, int], dtype: torch.dtype, checkpoin
         name: x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x
         for name, x in example.make_inputs(**sizes).items()
     }
-    plan = example.make_plan(model)
+    plan = replace(example.make_plan(model), independent="B")
     if checkpointed:
         case.checkpoint(model)
     calls: Counter[str] = Counter()
@@ -254,8 +256,8 @@ def _compare(case: Case, sizes: Mapping[str, int], dtype: torch.dtype, checkpoin
 
     dsp.parallelize(model, plan, mesh=mesh)
     assert ([name for name, _ in model.named_modules()], list(model.state_dict())) == names
+    set_overlap(mesh.group("sequence"), FixedOverlap(slices))
     found, moved = _run(model, inputs, calls)
-    assert found.calls == alone.calls
     assert found.gradients.keys() == alone.gradients.keys()
     largest = max(float(gradient.abs().max()) for gradient in alone.gradients.values())
     differences = []
@@ -267,6 +269,7 @@ def _compare(case: Case, sizes: Mapping[str, int], dtype: torch.dtype, checkpoin
         gradient=max(differences),
         moved={operation: calls for operation, (calls, _) in moved.items()},
         planned=_planned(model, plan, case.planned_sizes(sizes), mesh.size("sequence")),
+        repeated={name: called // alone.calls[name] for name, called in found.calls.items() if called != alone.calls[name]},
     )
 
 
@@ -286,12 +289,43 @@ def test_outputs_and_averaged_gradients(ranks, name, checkpointed, size):
     case = CASES[name]
     skip_without(case.package)
     for found in ranks(size, _compare_all, name, checkpointed):
-        for (label, dtype), (output, (gradient, parameter), moved, planned) in found.items():
+        for (label, dtype), (output, (gradient, parameter), moved, planned, repeated) in found.items():
             allowed = (1e-6, case.gradients) if dtype == torch.float32 else (case.exact, case.exact)
             assert output <= allowed[0], (label, dtype)
             assert gradient <= allowed[1], (label, dtype, parameter)
             assert moved == planned
             assert moved["switch"] == case.switches
+            assert not repeated
+
+
+def _compare_in_slices(name: str, checkpointed: bool) -> Found:
+    case = CASES[name]
+    return _compare(case, case.uneven, torch.float64, checkpointed, slices=2)
+
+
+# Parts of the modules with a switch around them, or before them in a chain: they are called once a slice.
+SLICED = {
+    "toto": r"layers\.[0-9]\..*",
+    "axial": r"[0-9]\.axial_attentions\.[0-9]\..*",
+    "axial summed": r"[0-9]\.axial_attentions\.0\..*",
+    "latte": r"temporal_transformer_blocks\.[01]\..*",
+    "timesformer": r"encoder\.layer\.[01]\.temporal_attention\..*",
+    "factorised vivit": r"factorized_transformer\.layers\.[01]\.1\..*",
+    "cogvideox": None,  # its switches are of heads, within attention
+}
+
+
+@pytest.mark.parametrize("checkpointed", [False, True])
+@pytest.mark.parametrize("name", SLICED)
+def test_modules_in_slices_whose_switches_overlap(ranks, name, checkpointed):
+    case = CASES[name]
+    skip_without(case.package)
+    for found in ranks(2, _compare_in_slices, name, checkpointed):
+        assert found.output <= case.exact
+        assert found.gradient[0] <= case.exact, found.gradient
+        assert bool(found.repeated) == (SLICED[name] is not None)
+        assert all(re.fullmatch(SLICED[name], part) for part in found.repeated), found.repeated
+        assert set(found.repeated.values()) <= {2}
 
 
 def _as_tuples() -> dict[str, str]:
