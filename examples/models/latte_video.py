@@ -69,6 +69,7 @@ def make_plan(model: LatteTransformer3DModel) -> dsp.Plan:
             "temporal_transformer_blocks.*": dsp.Needs("(B S) T C", whole="T", arguments={"timestep": dsp.Slice("(B S) D")}),
         },
         attributes={"": {"temp_pos_embed": dsp.Slice("1 T C")}},
+        independent="B",
     )
 
 

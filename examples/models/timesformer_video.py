@@ -53,6 +53,7 @@ def make_plan(model: TimesformerModel) -> dsp.Plan:
             ),
         },
         attributes={"encoder.layer.*": {"config.num_frames": dsp.LocalSize("T")}},
+        independent="B",
     )
 
 

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from itertools import accumulate, groupby
+from itertools import accumulate, chain, groupby
 from math import prod
 from typing import Any, NamedTuple
 
@@ -127,24 +127,27 @@ class ShardedForward:
     def choose_slices(self, x: Tensor) -> None:
         """Ask the group's overlap in how many slices modules run in this forward. ``x`` is the activation that has entered.
 
-        In backward, modules are computed again as they were. A compiled graph would order the ends of switches as it likes.
+        Modules that are computed again in backward run as they did. Compiled ones run whole: a graph would order the ends of
+        switches as it likes.
         """
-        overlap, dim = overlap_of(self.group), self.plan.independent
         if torch._C._current_graph_task_id() != -1:
             return
         self._slices = ()
-        layouts = [self.routes.start]
-        for name, several in self._planned.items():
-            for needs, route in zip(several, self.routes.modules[name], strict=True):
-                if may_slice(needs, route, dim):
-                    layouts += route
-        layouts = [layout for layout, _ in groupby(layouts)]
-        if overlap is None or dim is None or len(layouts) == 1 or self.group.size() == 1 or torch.compiler.is_compiling():
+        overlap, dim = overlap_of(self.group), self.plan.independent
+        if overlap is None or dim is None or self.group.size() == 1 or torch.compiler.is_compiling():
             return
-        schedule = overlap.choose(self._layout, self.group, layouts, x, dim)
-        if schedule.cut_dim(self.routes.start) == dim:
-            stops = [*accumulate(chunk_sizes(self._sizes[dim], schedule.chunks[dim], schedule.shrink))]
-            self._slices = tuple(zip([0, *stops], stops, strict=False))
+        routes = [
+            route
+            for name, several in self._planned.items()
+            for needs, route in zip(several, self.routes.modules[name], strict=True)
+            if may_slice(needs, route, dim)
+        ]
+        if routes:
+            layouts = [layout for layout, _ in groupby(chain([self.routes.start], *routes))]
+            schedule = overlap.choose(self._layout, self.group, layouts, x, dim)
+            if schedule.cut_dim(self.routes.start) == dim:
+                stops = [*accumulate(chunk_sizes(self._sizes[dim], schedule.chunks[dim], schedule.shrink))]
+                self._slices = tuple(zip([0, *stops], stops, strict=False))
 
     @contextmanager
     def in_slice(self, part: Range | None) -> Iterator[None]:

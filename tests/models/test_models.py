@@ -324,8 +324,9 @@ def test_modules_in_slices_whose_switches_overlap(ranks, name, checkpointed):
         assert found.output <= case.exact
         assert found.gradient[0] <= case.exact, found.gradient
         assert bool(found.repeated) == (SLICED[name] is not None)
-        assert all(re.fullmatch(SLICED[name], part) for part in found.repeated), found.repeated
-        assert set(found.repeated.values()) <= {2}
+        if not checkpointed:  # which stops a recomputation before the last modules, in the last slice alone
+            assert all(re.fullmatch(SLICED[name], part) for part in found.repeated), found.repeated
+            assert set(found.repeated.values()) <= {2}
 
 
 def _as_tuples() -> dict[str, str]:
