@@ -54,6 +54,13 @@ def test_known_flattened_dims_must_multiply():
         parse("(S T) C").sizes((36, 2), {"S": 5, "T": 7})
 
 
+def test_a_part_of_a_flattened_dim():
+    pattern, x = parse("(S B) 1+T C"), torch.arange(3 * 4 * 5 * 2).view(12, 5, 2)
+    part = pattern.narrow(x, {"S": 3, "B": 4, "T": 4, "C": 2}, "B", 1, 3)
+    assert torch.equal(part, x.view(3, 4, 5, 2)[:, 1:3].reshape(6, 5, 2))
+    assert pattern.narrow(x, {}, "R", 1, 3) is x  # it has no such dim
+
+
 def test_flatten_and_back():
     pattern, x = parse("(B T) (S P) C"), torch.arange(2 * 3 * 4 * 5 * 6).view(6, 20, 6)
     sizes = pattern.sizes(x.shape, {"T": 3, "S": 4})
