@@ -144,7 +144,7 @@ class ShardedForward:
         ]
         if routes:
             layouts = [layout for layout, _ in groupby(chain([self.routes.start], *routes))]
-            schedule = overlap.choose(self._layout, self.group, layouts, x, dim)
+            schedule = overlap.choose(self._layout, self.group, layouts, x, dim, ends=False)
             if schedule.cut_dim(self.routes.start) == dim:
                 stops = [*accumulate(chunk_sizes(self._sizes[dim], schedule.chunks[dim], schedule.shrink))]
                 self._slices = tuple(zip([0, *stops], stops, strict=False))
