@@ -104,20 +104,15 @@ def start(device_type: str | None = None) -> Process:
     process = discover()
     if device_type is None:
         device_type = "cuda" if torch.cuda.is_available() else "cpu"
+    device_index = process.local_rank
     if device_type == "cuda":
-        # srun with --gpus-per-task shows each task its own GPU alone.
-        index = 0 if process.launcher == "srun" and torch.cuda.device_count() == 1 else process.local_rank
-        if index >= torch.cuda.device_count():
-            raise RankError(
-                f"local rank {process.local_rank} has no GPU: this host shows {torch.cuda.device_count()}; "
-                "start at most one process a GPU, or hide the GPUs (CUDA_VISIBLE_DEVICES=) to run on CPU"
-            )
-        torch.cuda.set_device(index)
+        device_index = _device_index(process, torch.cuda.device_count())
+        torch.cuda.set_device(device_index)
     if dist.is_initialized():
         return process
     # Stale variables of an outer launcher must not steer torch or DeepSpeed, so all are set from what was found.
     store, process = _rendezvous(process)
-    _export(process, os.environ)
+    _export(process, device_index, os.environ)
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if device_type == "cuda" else "gloo",
         store=store,
@@ -127,6 +122,18 @@ def start(device_type: str | None = None) -> Process:
     # For scripts that do not end through `run`: without it Gloo's threads abort some of their exits.
     atexit.register(_destroy_groups)
     return process
+
+
+def _device_index(process: Process, devices: int) -> int:
+    """Which of the GPUs that this process sees is its own. Errors: RankError where it has none."""
+    # srun with --gpus-per-task shows each task its own GPU alone.
+    index = 0 if process.launcher == "srun" and devices == 1 else process.local_rank
+    if index >= devices:
+        raise RankError(
+            f"local rank {process.local_rank} has no GPU: this host shows {devices}; "
+            "start at most one process a GPU, or hide the GPUs (CUDA_VISIBLE_DEVICES=) to run on CPU"
+        )
+    return index
 
 
 def start_deepspeed(device_type: str) -> None:
@@ -267,12 +274,12 @@ def _mpi_rendezvous(process: Process) -> tuple[dist.Store, Process]:
     return dist.PrefixStore("megatron_dsp", store), process
 
 
-def _export(process: Process, environ: MutableMapping[str, str]) -> None:
+def _export(process: Process, device_index: int, environ: MutableMapping[str, str]) -> None:
     environ["RANK"] = str(process.rank)
     environ["WORLD_SIZE"] = str(process.world_size)
-    environ["LOCAL_RANK"] = str(process.local_rank)
+    environ["LOCAL_RANK"] = str(device_index)  # DeepSpeed takes it for the device
     if "OMPI_COMM_WORLD_LOCAL_RANK" in environ:  # inherited by a torchrun within an mpirun; DeepSpeed compares the two
-        environ["OMPI_COMM_WORLD_LOCAL_RANK"] = str(process.local_rank)
+        environ["OMPI_COMM_WORLD_LOCAL_RANK"] = str(device_index)
     environ["MASTER_ADDR"] = process.master_addr
     environ["MASTER_PORT"] = str(process.master_port or _DEEPSPEED_DEFAULT_PORT)
 

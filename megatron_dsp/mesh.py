@@ -184,8 +184,9 @@ class Mesh:
 
     @property
     def device(self) -> torch.device:
-        """The device of this process: its GPU where torch.distributed was started with NCCL, else the CPU."""
-        if "nccl" in dist.get_backend():
+        """The device of this process: its GPU where torch.distributed has NCCL for it, else the CPU."""
+        # Not get_backend: it is "undefined" where torch chose by itself.
+        if "cuda:nccl" in dist.get_backend_config(dist.group.WORLD):
             return torch.device("cuda", torch.cuda.current_device())
         return torch.device("cpu")
 

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from megatron_dsp import UsageError
-from megatron_dsp.launch import Process, discover
+from megatron_dsp.errors import RankError
+from megatron_dsp.launch import Process, _device_index, _export, discover
 
 TORCHRUN = {
     "TORCHELASTIC_RUN_ID": "none",
@@ -84,6 +85,20 @@ def test_srun():
     assert discover(SLURM | {"SLURM_STEP_ID": "1"}).master_port != found.master_port
     chosen = discover(SLURM | {"MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "1234"})
     assert (chosen.master_addr, chosen.master_port) == ("10.0.0.1", 1234)
+
+
+@pytest.mark.parametrize(("devices", "own"), [(1, 0), (8, 2)])  # --gpus-per-task, and all GPUs of the host
+def test_deepspeed_is_told_of_a_device_that_srun_shows(devices, own):
+    process, environ = discover(SLURM), {}
+    index = _device_index(process, devices)
+    _export(process, index, environ)
+    assert (index, environ["LOCAL_RANK"]) == (own, str(own))
+    assert process.local_rank == 2
+
+
+def test_other_launchers_show_each_rank_its_own_gpu():
+    with pytest.raises(RankError, match="local rank 1 has no GPU: this host shows 1"):
+        _device_index(discover(BY_HAND | {"LOCAL_RANK": "1"}), 1)
 
 
 @pytest.mark.parametrize(
