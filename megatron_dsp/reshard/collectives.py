@@ -167,17 +167,20 @@ def _run_gather(x: Tensor, dim: int, size: int, group: str, *what: Any) -> Tenso
     if size % exchange.size == 0:
         _all_gather(as_bytes(received), as_bytes(send), group=exchange.group)
     else:
-        # Gloo's all-gather refuses uneven shards; NCCL's is itself a broadcast from each rank.
         width = received.numel() // size if size else 0
-        parts = received.split([(stop - start) * width for start, stop in ranges.parts])
-        parts[exchange.rank].copy_(send)
-        works = [
-            dist.broadcast(as_bytes(part), group=exchange.group, group_src=rank, async_op=True)
-            for rank, part in enumerate(parts)
-            if part.numel()
-        ]
-        for work in works:
-            work.wait()
+        parts = [as_bytes(part) for part in received.split([(stop - start) * width for start, stop in ranges.parts])]
+        if x.is_cuda:
+            dist.all_gather(parts, as_bytes(send), group=exchange.group)  # NCCL's: one launch, of a broadcast from each rank
+        else:
+            # Gloo's refuses uneven shards.
+            parts[exchange.rank].copy_(as_bytes(send))
+            works = [
+                dist.broadcast(part, group=exchange.group, group_src=rank, async_op=True)
+                for rank, part in enumerate(parts)
+                if part.numel()
+            ]
+            for work in works:
+                work.wait()
     exchange.count(label, _sent_by_gather(exchange, x))
     if not in_order:
         unpack(received, whole, dim, ranges)
@@ -287,17 +290,18 @@ def rotate(xs: list[Tensor], *, group: dist.ProcessGroup, label: Label) -> Calla
     exchange = exchange_of(group)
     if exchange.agreement is not None:
         exchange.agreement.check(in_words(label, *(f"{list(x.shape)} {x.dtype}" for x in xs)))
-    received = [torch.empty_like(x) for x in xs]
+    sent, received = list(xs), [torch.empty_like(x) for x in xs]
     after, before = (exchange.rank + 1) % exchange.size, (exchange.rank - 1) % exchange.size
     works = dist.batch_isend_irecv(
         [dist.P2POp(dist.irecv, as_bytes(x), group=group, group_peer=before, tag=_ROTATION_TAG) for x in received]
-        + [dist.P2POp(dist.isend, as_bytes(x), group=group, group_peer=after, tag=_ROTATION_TAG) for x in xs]
+        + [dist.P2POp(dist.isend, as_bytes(x), group=group, group_peer=after, tag=_ROTATION_TAG) for x in sent]
     )
     exchange.count(label, sum(x.nbytes for x in xs))
 
     def end() -> list[Tensor]:
         for work in works:
             work.wait()
+        sent.clear()  # kept until now: on CUDA they go on another stream than the one that frees them
         return received
 
     return end

@@ -55,6 +55,8 @@ def _refuse() -> None:
     for size, sign in ((7, "uneven"), (8, "of length 8")):
         with pytest.raises(dsp.UsageError, match=sign):
             ring(x, x, x, size=size, group=dist.group.WORLD)
+    with pytest.raises(dsp.UsageError, match="no fused attention of torch takes"):
+        ring(*(x.to("meta") for x in (x, x, x)), size=6, group=dist.group.WORLD)
 
 
 def test_refusals(ranks):
