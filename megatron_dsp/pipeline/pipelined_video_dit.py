@@ -101,7 +101,8 @@ class PipelinedVideoDiT(PipelineModule):
         marks = x.new_zeros(space, dtype=torch.uint8)  # says how many spatial tokens there are, by its length
         # DeepSpeed goes back through the floats one by one and keeps the graph until the last, which frees most. It receives
         # the n-th tensor and the n-th gradient in the same memory, of one dtype: so what has no gradient comes after them.
-        return entering.time, entering.modulation, entering.tokens, x, entering.mask.byte(), marks
+        sent = entering.time, entering.modulation, entering.tokens, x, entering.mask.byte(), marks
+        return tuple(each.contiguous() for each in sent)  # x may be a shard, a view, which NCCL refuses
 
 
 class _PartSpec(LayerSpec):

@@ -14,6 +14,9 @@ import megatron_dsp as dsp
 from megatron_dsp.models.embeddings import unpatchify
 from megatron_dsp.models.video_dit import VideoDiT, VideoDiTConfig
 from megatron_dsp.pipeline import PipelinedVideoDiT
+from megatron_dsp.tensor import TensorParallel
+from megatron_dsp.training.dry_run import _deepspeed_world
+from megatron_dsp.training.fake_world import fake_world
 
 PATCH = (1, 2, 2)
 SHAPES = [(5, 6, 4), (1, 4, 4), (7, 2, 10), (5, 6, 4)]  # of the steps: frames, height, width
@@ -132,3 +135,14 @@ def test_shapes_change_and_no_switch_is_spent_on_boundaries(ranks, layers, pipe,
     # Ranks of one stage make its switches together.
     switches = sum({stage: calls for _, stage, (calls, _) in seen}.values())
     assert switches == (0 if sequence == 1 else 2 * layers * MICRO_BATCHES)
+
+
+def test_what_is_sent_is_contiguous():
+    # The first stage has the embedding alone, and shards its tokens over the tensor ranks: a view, which NCCL refuses.
+    with fake_world(8, rank=0), _deepspeed_world():
+        mesh = dsp.Mesh(pipe=4, tensor=2)
+        tensor = TensorParallel(mesh.group("tensor"), sequence_dim=2)
+        model = PipelinedVideoDiT(_config(1), mesh, _loss, partition="uniform", tensor=tensor)
+        assert list(model.parts) == [0, 1, 2, 3, 4]
+        inputs, _ = _sample(0, 0)
+        assert all(each.is_contiguous() for each in model(inputs))
