@@ -15,8 +15,8 @@ class Attention:
         heads: query heads.
         head_bytes: bytes of one head at one position: head size x element size.
         key_value_heads: heads of keys and values, a divisor of ``heads``; None: as many as ``heads``.
-        ring: whether `embedded.ring` may run it: plain softmax attention, by a kernel that it has. Ring also needs as many key and
-            value heads as query heads and equal shards; where that fails it is not considered.
+        ring: whether `embedded.ring` may run it: plain softmax attention, by a kernel that it has. Ring also needs as many
+            key and value heads as query heads and equal shards; where that fails it is not considered.
     """
 
     heads: int
