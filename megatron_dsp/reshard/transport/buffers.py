@@ -6,65 +6,100 @@ torch's caching allocator does this already, aware of streams, and is left to it
 
 from __future__ import annotations
 
+import ctypes
 import math
-from collections import deque
+import mmap
+import sys
 from collections.abc import Sequence
 
-import numpy as np
 import torch
 from torch import Tensor
 
 
-class _Lease(np.ndarray):
-    """A view of a block, owned by the storage of the tensor over it. When that dies, the block goes back."""
+class _Block:
+    """An ordinary storage of torch, which may be resized, shared and saved as any other."""
 
-    block: np.ndarray
-    returned: deque[np.ndarray]
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self.storage = torch.UntypedStorage(size)
+        self._handle, self._address = self.storage._cdata, self.storage.data_ptr()
 
-    def __del__(self) -> None:
-        self.returned.append(self.block)
+    @property
+    def is_free(self) -> bool:
+        """Whether nothing but the pool holds it.
+
+        Tensors count in torch, in any thread, those that autograd saved and those of a collective's worker among them; torch
+        has no public name for that, and only its newer versions tell Python. Storages that a user took from a tensor are this
+        very object, and count in Python.
+        """
+        return torch._C._storage_Use_Count(self._handle) == 1 and self._references() == _REFERENCES_OF_POOL
+
+    @property
+    def is_intact(self) -> bool:
+        """Whether its memory is that of the beginning: not resized, nor moved to be shared with other processes."""
+        return self.storage.nbytes() == self.size and self.storage.data_ptr() == self._address
+
+    def _references(self) -> int:
+        return sys.getrefcount(self.storage)
+
+
+_REFERENCES_OF_POOL = _Block(1)._references()
 
 
 class BufferPool:
-    """Tensors over blocks of memory that return to the pool when the last view of a tensor is dead.
+    """Tensors over blocks of memory that are handed out again when the last view of a tensor is dead.
 
-    A storage lives as long as anything can read it, autograd's saved tensors and a collective's worker included, so a block is
-    never handed out too early. The pool never holds more than was once in use at the same time.
+    A block is free when nothing can read it, autograd's saved tensors and a collective's worker included, so it is never handed
+    out too early. The pool never holds more than was once in use at the same time.
     """
 
     _LEAST = 64 << 10  # bytes; malloc serves less than this from memory that it keeps
 
     def __init__(self) -> None:
-        self._free: list[np.ndarray] = []  # the longest unused first
-        # Blocks come back from any thread, at any time: appending is all that is done there.
-        self._returned: deque[np.ndarray] = deque()
-        self._leased = self._most_leased = 0
+        self._blocks: list[_Block] = []  # the one that was handed out longest ago first
+        self._most_in_use = 0
 
     def empty(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
         """An uninitialised contiguous tensor."""
         size = math.prod(shape) * dtype.itemsize
         if device.type != "cpu" or size < self._LEAST:
             return torch.empty(shape, dtype=dtype, device=device)
-        block = self._take(size)
-        lease = block.view(_Lease)
-        lease.block, lease.returned = block, self._returned
         # Not by a view: autograd lets nobody write to a view that a function of its own returns.
-        return torch.frombuffer(lease, dtype=dtype).resize_(tuple(shape))
+        return torch.empty(0, dtype=dtype, device=device).set_(self._take(size)).resize_(tuple(shape))
 
-    def _take(self, size: int) -> np.ndarray:
-        while self._returned:
-            block = self._returned.popleft()
-            self._leased -= block.nbytes
-            self._free.append(block)
-        self._leased += size
-        self._most_leased = max(self._most_leased, self._leased)
-        for index in reversed(range(len(self._free))):
-            if self._free[index].nbytes == size:
-                return self._free.pop(index)
-        kept = sum(block.nbytes for block in self._free)
-        while self._free and self._leased + kept > self._most_leased:
-            kept -= self._free.pop(0).nbytes
-        # NumPy asks the kernel for huge pages, which torch does not; and torch aligns its tensors to 64 bytes.
-        block = np.empty(size + 64, dtype=np.uint8)
-        start = -block.ctypes.data % 64
-        return block[start : start + size]
+    def _take(self, size: int) -> torch.UntypedStorage:
+        # Forward frees memory, if at all, in the order in which it was handed out, and backward in the reverse order.
+        for distance in range((len(self._blocks) + 1) // 2):
+            for index in (-1 - distance, distance):
+                block = self._blocks[index]
+                if block.size == size and block.is_free and block.is_intact:
+                    self._blocks.append(self._blocks.pop(index))
+                    return block.storage
+        block = _Block(size)
+        _ask_for_huge_pages(block.storage)
+        self._make_room(size)
+        self._blocks.append(block)
+        return block.storage
+
+    def _make_room(self, size: int) -> None:
+        """Give free blocks back to torch, so that with ``size`` bytes more there are no more than were in use at once."""
+        free = {block for block in self._blocks if block.is_free}
+        in_use = size + sum(block.storage.nbytes() for block in self._blocks if block not in free)
+        self._most_in_use = max(self._most_in_use, in_use)
+        room = self._most_in_use - in_use
+        kept = []
+        for block in reversed(self._blocks):
+            if block in free:
+                if not block.is_intact or block.size > room:
+                    continue
+                room -= block.size
+            kept.append(block)
+        self._blocks = kept[::-1]
+
+
+def _ask_for_huge_pages(storage: torch.UntypedStorage) -> None:
+    """Fewer page faults where Linux gives huge pages to those who ask. torch does not; NumPy does, from that size on."""
+    if storage.nbytes() >= 4 << 20 and hasattr(mmap, "MADV_HUGEPAGE"):
+        first = -(-storage.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
+        size = storage.data_ptr() + storage.nbytes() - first
+        ctypes.CDLL(None).madvise(ctypes.c_void_p(first), ctypes.c_size_t(size), mmap.MADV_HUGEPAGE)
