@@ -22,7 +22,7 @@ import megatron_dsp as dsp
 from megatron_dsp import launch
 from megatron_dsp.config import Config
 from megatron_dsp.models.attention_kernels import kernel_name
-from megatron_dsp.models.video_dit import VideoDiTConfig, parameter_count
+from megatron_dsp.models.video_dit import parameter_count
 from megatron_dsp.placement import placement
 from megatron_dsp.reshard import describe_transport
 from megatron_dsp.training import arguments as flags
@@ -31,6 +31,7 @@ from megatron_dsp.training.ema import EMA
 from megatron_dsp.training.log import TrainingLog
 from megatron_dsp.training.loop import train
 from megatron_dsp.training.optimizer import adamw, kernels, warmup_cosine
+from megatron_dsp.training.out_of_memory import explain_out_of_memory
 from megatron_dsp.training.video_diffusion import VideoDiffusion, make_model
 
 
@@ -43,16 +44,14 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def show_dry_run(arguments: argparse.Namespace, sizes: VideoDiTConfig, config: Config) -> None:
-    """Print what the job would take, for ``--dry-run``."""
+def make_dry_run_job(arguments: argparse.Namespace, config: Config, world_size: int) -> Any:
+    """The job, as a dry run takes it."""
     # Rests on internals of torch, which no job should.
-    from rich.console import Console
-
     from megatron_dsp.training import dry_run
 
-    job = dry_run.Job(
-        model=sizes,
-        world_size=arguments.dry_run,
+    return dry_run.Job(
+        model=replace(video_data.model_preset(arguments), channels=3),
+        world_size=world_size,
         config=config,
         frames=arguments.num_frames,
         height=arguments.img_h,
@@ -62,6 +61,14 @@ def show_dry_run(arguments: argparse.Namespace, sizes: VideoDiTConfig, config: C
         partition=arguments.pipeline_partition_method,
         ema=arguments.ema_decay is not None,
     )
+
+
+def show_dry_run(job: Any) -> None:
+    """Print what the job would take, for ``--dry-run``."""
+    from rich.console import Console
+
+    from megatron_dsp.training import dry_run
+
     dry_run.show(job, dry_run.dry_run(job), Console(width=max(Console().width, 110)))  # the tables' width
 
 
@@ -89,8 +96,14 @@ def main() -> None:
     arguments = parse()
     config = flags.settings(arguments)
     if arguments.dry_run is not None:
-        show_dry_run(arguments, replace(video_data.model_preset(arguments), channels=3), config)
+        show_dry_run(make_dry_run_job(arguments, config, arguments.dry_run))
         return
+    with explain_out_of_memory(lambda: make_dry_run_job(arguments, config, dist.get_world_size())):
+        pretrain(arguments, config)
+
+
+def pretrain(arguments: argparse.Namespace, config: Config) -> None:
+    """Train, and write samples."""
     if config.mesh.pipe > 1 and arguments.exposed_communication_interval:
         raise dsp.UsageError("--exposed-communication-interval needs whole passes, which a pipeline has not; use pipe 1, or 0")
     mesh = dsp.initialize(config)
