@@ -99,7 +99,8 @@ def start(device_type: str | None = None) -> Process:
     """Start torch.distributed if nobody has, and choose this process's GPU where there are some.
 
     Gloo on CPU; on CUDA, NCCL for GPU tensors and Gloo for CPU tensors. ``device_type`` is "cuda", "cpu" or None (cuda
-    where torch sees a GPU). Sets RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT, which DeepSpeed reads.
+    where torch sees a GPU). Sets RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT, which DeepSpeed reads, and on CUDA
+    `NCCL_DEFAULTS`.
     """
     process = discover()
     if device_type is None:
@@ -113,6 +114,8 @@ def start(device_type: str | None = None) -> Process:
     # Stale variables of an outer launcher must not steer torch or DeepSpeed, so all are set from what was found.
     store, process = _rendezvous(process)
     _export(process, device_index, os.environ)
+    if device_type == "cuda":
+        set_nccl_defaults(os.environ)
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if device_type == "cuda" else "gloo",
         store=store,
@@ -122,6 +125,22 @@ def start(device_type: str | None = None) -> Process:
     # For scripts that do not end through `run`: without it Gloo's threads abort some of their exits.
     atexit.register(_destroy_groups)
     return process
+
+
+# What NCCL, and torch's use of it, read when they start, and what overlap wants there.
+NCCL_DEFAULTS = {
+    # Kernels of several communicators start in the order in which the host issues them (NCCL 2.26, CUDA 12.3), the same on all
+    # ranks: chunks are under way while stages issue collectives on other groups.
+    "NCCL_LAUNCH_ORDER_IMPLICIT": "1",
+    # Kernels of a collective do not wait for blocks of compute that were issued before, but are not placed yet.
+    "TORCH_NCCL_HIGH_PRIORITY": "1",
+}
+
+
+def set_nccl_defaults(environ: MutableMapping[str, str]) -> None:
+    """`NCCL_DEFAULTS`, where nobody has set these variables."""
+    for name, value in NCCL_DEFAULTS.items():
+        environ.setdefault(name, value)
 
 
 def _device_index(process: Process, devices: int) -> int:

@@ -12,7 +12,7 @@ import pytest
 
 from megatron_dsp import UsageError
 from megatron_dsp.errors import RankError
-from megatron_dsp.launch import Process, _device_index, _export, discover
+from megatron_dsp.launch import Process, _device_index, _export, discover, set_nccl_defaults
 
 TORCHRUN = {
     "TORCHELASTIC_RUN_ID": "none",
@@ -94,6 +94,12 @@ def test_deepspeed_is_told_of_a_device_that_srun_shows(devices, own):
     _export(process, index, environ)
     assert (index, environ["LOCAL_RANK"]) == (own, str(own))
     assert process.local_rank == 2
+
+
+def test_what_the_user_says_of_nccl_stays():
+    environ = {"TORCH_NCCL_HIGH_PRIORITY": "0"}
+    set_nccl_defaults(environ)
+    assert environ == {"TORCH_NCCL_HIGH_PRIORITY": "0", "NCCL_LAUNCH_ORDER_IMPLICIT": "1"}
 
 
 def test_other_launchers_show_each_rank_its_own_gpu():
