@@ -161,7 +161,9 @@ class BlockRunner(NamedTuple):
         if over != "space":
             local.append(_local_part(region, rotations, "time"))
         if self.recompute and torch.is_grad_enabled():
-            return checkpoint(block, x, *local, over_ranks=over_ranks, ends=ends, use_reentrant=False)
+            # Blocks draw no random numbers, whose state would be saved and restored.
+            more: dict[str, Any] = {"over_ranks": over_ranks, "ends": ends, "use_reentrant": False, "preserve_rng_state": False}
+            return checkpoint(block, x, *local, **more)
         return block(x, *local, over_ranks=over_ranks, ends=ends)
 
     def _run_head(self, head: nn.Module, region: Region, time: Tensor, x: Activation, ends: Ends = WHOLE_ENDS) -> Activation:

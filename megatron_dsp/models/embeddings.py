@@ -80,11 +80,11 @@ def space_positions(h: int, w: int, like: Tensor) -> Tensor:
 
 
 def time_rotations(token_frames: int, head_dim: int, like: Tensor) -> Tensor:
-    """Rotary positions of T token frames as complex numbers [T, 1, 1, 1, head_dim / 2], in fp32 or fp64 precision."""
+    """Rotary positions of T token frames: cosines and sines, [T, 1, 1, 1, head_dim / 2, 2], in fp32 or fp64 precision."""
     precision = torch.promote_types(like.dtype, torch.float32)
     frames = torch.arange(token_frames, device=like.device, dtype=precision)
     angles = frames[:, None] * _frequencies(head_dim // 2, frames)
-    return torch.polar(torch.ones_like(angles), angles)[:, None, None, None]
+    return torch.stack((angles.cos(), angles.sin()), dim=-1)[:, None, None, None]
 
 
 class TimestepEmbedding(nn.Module):

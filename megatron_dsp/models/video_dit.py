@@ -8,7 +8,9 @@ lies.
 
 from __future__ import annotations
 
-from typing import cast
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -57,6 +59,7 @@ class Block(nn.Module):
             )
         inner = int(config.hidden * config.mlp_ratio)
         self.tensor = tensor
+        self._compile_options: tuple[tuple[str, Any], ...] | None = None
         self.modulation_table = nn.Parameter(torch.empty(6, config.hidden))
         self.self_attention = SelfAttention(config.hidden, config.heads, over, config.qk_norm, tensor)
         self.cross_attention = CrossAttention(config.hidden, config.heads, tensor)
@@ -81,10 +84,39 @@ class Block(nn.Module):
             modulation: [T, B, 6 C], of the same frames.
             tokens: conditioning tokens, [B, L, C].
             mask: [B, L], bool, True = attend, at least one a sample.
-            rotations: rotary positions of the frames, [T, 1, 1, 1, head size / 2], complex; not for attention over space.
+            rotations: rotary positions of the frames, [T, 1, 1, 1, head size / 2, 2]; not for attention over space.
             over_ranks: attention where x has a shard of a dim that the block attends over.
             ends: how tokens enter and leave, where ``x`` and what is returned may be on their way.
         """
+        arguments = x, modulation, tokens, mask, rotations, over_ranks, ends
+        options = self._compile_options
+        if options is None:
+            return self._run(*arguments)
+        if over_ranks is None and ends is WHOLE_ENDS:
+            return _compiled(Block._run, options)(self, *arguments)
+        # What travels between the parts has an order that no compiler knows of.
+        return self._run(*arguments, part=lambda function: _compiled(function, options))
+
+    def compile(self, **options: Any) -> None:
+        """Let ``torch.compile`` with ``options`` run the block from now on.
+
+        Where it runs whole, that is one graph. Where its ends are cut, or it attends over a shard, its ends and what is between
+        them have a graph each, and collectives stand outside. Blocks of one kind and one shape share their graphs.
+        """
+        self._compile_options = tuple(sorted(options.items()))
+
+    def _run(
+        self,
+        x: Activation,
+        modulation: Tensor,
+        tokens: Tensor,
+        mask: Tensor,
+        rotations: Tensor | None,
+        over_ranks: OverRanks | None,
+        ends: Ends,
+        part: Callable[[Callable[..., Any]], Callable[..., Any]] = lambda function: function,
+    ) -> Activation:
+        """As `forward`; ``part`` gives what runs a part of the block."""
         table = self.tensor.beside(self.modulation_table) + modulation.unflatten(-1, self.modulation_table.shape)
         shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = table.unsqueeze(2).unbind(3)  # each [T, B, 1, C]
 
@@ -92,21 +124,44 @@ class Block(nn.Module):
             return ends.local(ends.local(side, dim=0, name="time"), dim=1, name="batch")
 
         def enter(x: Tensor) -> tuple[Tensor, ...]:
-            normed = modulated_norm(x, of_frames(shift), of_frames(scale))
-            return (x, normed) if over_ranks is not None else (x, *self.self_attention.to_heads(normed))
+            if over_ranks is not None:
+                return x, part(modulated_norm)(x, of_frames(shift), of_frames(scale))
+            return x, *part(Block._enter)(self, x, of_frames(shift), of_frames(scale))
 
         def leave(x: Tensor) -> Tensor:
-            normed = modulated_norm(x, of_frames(mlp_shift), of_frames(mlp_scale))
-            return torch.addcmul(x, of_frames(mlp_gate), self.mlp(self.tensor.enter(normed)))
+            return part(Block._leave)(self, x, of_frames(mlp_shift), of_frames(mlp_scale), of_frames(mlp_gate))
 
-        whole, *parts = ends.enter(enter, x)
+        whole, *entered = ends.enter(enter, x)
         if over_ranks is None:
-            attended = self.self_attention(*parts, rotations)
+            whole = part(Block._mix)(self, whole, gate, *entered, rotations, tokens, mask)
         else:
-            (normed,) = parts
+            (normed,) = entered
             attended = over_ranks(self.self_attention, normed, rotations)
-        whole = torch.addcmul(whole, gate, attended)
-        return ends.leave(leave, whole + self.cross_attention(whole, tokens, mask))
+            whole = part(Block._add)(self, whole, gate, attended, tokens, mask)
+        return ends.leave(leave, whole)
+
+    def _enter(self, x: Tensor, shift: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return self.self_attention.to_heads(modulated_norm(x, shift, scale))
+
+    def _mix(
+        self,
+        x: Tensor,
+        gate: Tensor,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        rotations: Tensor | None,
+        tokens: Tensor,
+        mask: Tensor,
+    ) -> Tensor:
+        return self._add(x, gate, self.self_attention(query, key, value, rotations), tokens, mask)
+
+    def _add(self, x: Tensor, gate: Tensor, attended: Tensor, tokens: Tensor, mask: Tensor) -> Tensor:
+        x = torch.addcmul(x, gate, attended)
+        return x + self.cross_attention(x, tokens, mask)
+
+    def _leave(self, x: Tensor, shift: Tensor, scale: Tensor, gate: Tensor) -> Tensor:
+        return torch.addcmul(x, gate, self.mlp(self.tensor.enter(modulated_norm(x, shift, scale))))
 
     def reset_parameters(self) -> None:
         """Begin as the identity where the modulation is 0 (adaLN-zero, arXiv 2212.09748)."""
@@ -263,6 +318,12 @@ def _reset_linear_and_norms(part: nn.Module) -> None:
                 initialise(module.bias, nn.init.zeros_)
         elif isinstance(module, nn.RMSNorm):
             module.reset_parameters()
+
+
+@lru_cache(maxsize=64)
+def _compiled(function: Callable[..., Any], options: tuple[tuple[str, Any], ...]) -> Callable[..., Any]:
+    """Not of one block: what is compiled takes the block as an argument, and so serves all blocks of its kind."""
+    return torch.compile(function, **dict(options))
 
 
 def modulated_norm(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:

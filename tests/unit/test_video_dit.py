@@ -166,7 +166,7 @@ def test_a_timestep_changes_only_its_own_frame_and_sample() -> None:
 def test_rotations_make_scores_depend_on_the_distance_of_frames() -> None:
     query, key = torch.randn(2, 1, 1, 1, 1, 8, dtype=torch.float64)
     rotations = time_rotations(6, 8, query)
-    assert rotations.dtype == torch.complex128
+    assert rotations.dtype == torch.float64
     scores = torch.einsum("q...d,k...d->qk", rotate(query, rotations), rotate(key, rotations))
     for distance in range(-5, 6):
         diagonal = scores.diagonal(distance)
