@@ -18,7 +18,9 @@ from megatron_dsp.parallelize import (
     verify,
 )
 from megatron_dsp.reshard import Ledger, Region, Stage, gather, ledger, mean, mean_loss, split, switch
+from megatron_dsp.training.compilation import compile_stages
 from megatron_dsp.training.deepspeed_engine import deepspeed_initialize
+from megatron_dsp.training.graph_capture import capture
 from megatron_dsp.training.rng import random_along, repeat_random, seed
 from megatron_dsp.training.sampler import sampler
 
@@ -37,6 +39,8 @@ __all__ = [
     "Slice",
     "Stage",
     "UsageError",
+    "capture",
+    "compile_stages",
     "deepspeed_initialize",
     "gather",
     "initialize",

@@ -51,6 +51,8 @@ class SequenceParallel(_Section):
     transport: str = "auto"
     overlap: OverlapSection = OverlapSection()
     check_collectives: bool | str = False
+    compile: bool = False
+    cuda_graphs: bool = False
 
 
 class MeshDegrees(_Section):

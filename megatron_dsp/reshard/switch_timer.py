@@ -31,7 +31,9 @@ class SwitchTimer:
         self._events: deque[tuple[torch.cuda.Event, torch.cuda.Event]] = deque()
 
     def time(self, call: Callable[[], Result]) -> Result:
-        """What ``call`` returns; its time is added."""
+        """What ``call`` returns; its time is added, unless a CUDA graph captures it: replays cannot be timed within."""
+        if self._device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            return call()
         if self._device.type == "cuda":
             stream = torch.cuda.current_stream(self._device)
             start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)

@@ -22,6 +22,8 @@ _CONFIG_KEYS: dict[str, tuple[str, ...]] = {
     "clip_grad": ("gradient_clipping",),
     "lr": ("optimizer", "params", "lr"),
     "weight_decay": ("optimizer", "params", "weight_decay"),
+    "compile": ("sequence_parallel", "compile"),
+    "cuda_graphs": ("sequence_parallel", "cuda_graphs"),
 }
 # The optimizer and schedule of the script, used where the ds_config has no "optimizer" section of its own.
 _OPTIMIZER_DEFAULTS: dict[str, float | None] = {
@@ -110,6 +112,19 @@ def _add_training(arguments: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--recompute-granularity", choices=["full"], help="full: blocks are computed again in backward; default: kept"
     )
+    # None where they are not given: the ds_config may ask for them too.
+    group.add_argument(
+        "--compile",
+        action="store_true",
+        default=None,
+        help="blocks are compiled by torch.compile, for each shape anew; switches stay between them",
+    )
+    group.add_argument(
+        "--cuda-graphs",
+        action="store_true",
+        default=None,
+        help="forward and backward of the model are captured in CUDA graphs, for each shape that comes back",
+    )
 
     group = arguments.add_argument_group("training")
     group.add_argument("--micro-batch-size", type=int, help="samples a data rank and micro-batch")
@@ -176,11 +191,12 @@ def settings(arguments: argparse.Namespace) -> configs.Config:
     Errors: UsageError for what does not agree.
     """
     raw: dict[str, Any] = configs.read(arguments.deepspeed_config) if arguments.deepspeed_config else {}
+    value: Any
     for flag, path in _CONFIG_KEYS.items():
         value = getattr(arguments, flag, None)  # a script that does not train has fewer flags
         if value is None or (flag in _OPTIMIZER_DEFAULTS and "optimizer" not in raw):
             continue
-        _fill_in(raw, path, value, f"--{flag.replace('_', '-')} {value}")
+        _fill_in(raw, path, value, f"--{flag.replace('_', '-')}" + ("" if value is True else f" {value}"))
     if "lr" in arguments:
         _settle_optimizer(arguments, raw)
         _settle_monitoring(arguments, raw)
@@ -188,7 +204,15 @@ def settings(arguments: argparse.Namespace) -> configs.Config:
         value = getattr(arguments, flag, None)
         if value is not None and value < least:
             raise UsageError(f"--{flag.replace('_', '-')} {value}: must be at least {least}")
-    return configs.load(raw)
+    config = configs.load(raw)
+    for flag in ("stage_timers_interval", "exposed_communication_interval"):
+        interval = getattr(arguments, flag, 0)
+        if config.sequence_parallel.cuda_graphs and interval:
+            raise UsageError(
+                f"--{flag.replace('_', '-')} {interval} with CUDA graphs, within whose replays nothing is measured: give one "
+                "of the two"
+            )
+    return config
 
 
 def _fill_in(raw: dict[str, Any], path: tuple[str, ...], value: object, flag: str) -> None:

@@ -18,6 +18,9 @@ from megatron_dsp import config as configs
 from megatron_dsp import launch
 from megatron_dsp.errors import UsageError
 from megatron_dsp.mesh import DeepSpeedView, Mesh
+from megatron_dsp.models.video_dit import Block
+from megatron_dsp.training.compilation import compile_stages
+from megatron_dsp.training.graph_capture import capture
 from megatron_dsp.training.sampler import sampler
 
 
@@ -61,6 +64,10 @@ def deepspeed_initialize(
     }
     pipelined = isinstance(model, PipelineModule)
     _check_pipeline(model, settings, mesh)
+    if settings.sequence_parallel.compile:
+        compile_stages(_blocks(model))
+    if settings.sequence_parallel.cuda_graphs:
+        _check_cuda_graphs(settings, mesh)
     if pipelined:
         # On by default, these send the first of several tensors in parts, and take the rest to need no gradient.
         ds_config["pipeline"] = {**ds_config.get("pipeline", {}), "pipe_partitioned": False, "grad_partitioned": False}
@@ -76,6 +83,8 @@ def deepspeed_initialize(
         config=ds_config,
     )
     _report_true_batch_sizes(engine, mesh.size("data"))
+    if settings.sequence_parallel.cuda_graphs:
+        capture(engine.module)
     loader = None
     if training_data is not None:
         loader = engine.deepspeed_io(
@@ -98,6 +107,39 @@ def _check_degrees(settings: configs.Config, mesh: Mesh) -> None:
             raise UsageError(
                 f"zero_optimization.{key}={zero[key]} makes groups of its own that do not know the sequence axis; remove it"
             )
+
+
+def _blocks(model: nn.Module) -> list[nn.Module]:
+    """What ``"compile": true`` compiles of ``model``. Errors: UsageError where that is not known."""
+    blocks: list[nn.Module] = [module for module in model.modules() if isinstance(module, Block)]
+    if not blocks:
+        raise UsageError(
+            f"sequence_parallel.compile=true: which modules of a {type(model).__name__} are stages is not known; remove the "
+            "key, and call dsp.compile_stages with them"
+        )
+    return blocks
+
+
+def _check_cuda_graphs(settings: configs.Config, mesh: Mesh) -> None:
+    """Refuse now what `capture` would, and pipelines. Errors: UsageError."""
+    moving = "it gathers and frees weights around each module, at addresses that change, and a graph has those of its capture"
+    cases = [
+        (mesh.device.type != "cuda", f"tensors on {mesh.device.type}", "CUDA graphs need a GPU"),
+        (
+            mesh.size("pipe") > 1,
+            f"pipe={mesh.size('pipe')}",
+            "several forwards come before a backward, and a graph has memory for one",
+        ),
+        (settings.deepspeed.get("zero_optimization", {}).get("stage", 0) > 2, "ZeRO stage 3", moving),
+        (
+            settings.sequence_parallel.check_collectives,
+            "check_collectives",
+            "ranks compare on the host, which replays leave out",
+        ),
+    ]
+    for found, what, reason in cases:
+        if found:
+            raise UsageError(f"sequence_parallel.cuda_graphs=true with {what}: {reason}; change one of the two")
 
 
 def _check_pipeline(model: nn.Module, settings: configs.Config, mesh: Mesh) -> None:

@@ -226,6 +226,8 @@ def _refusals() -> list[str]:
         {"config": {"sequence_parallel": {"size": 2}}},
         {"config": {**base, "zero_optimization": {"stage": 3, "zero_hpz_partition_size": 2}}},
         {"config": {**base, "sequence_parallel_size": 2}},
+        {"config": {**base, "sequence_parallel": {"size": 2, "cuda_graphs": True}}},
+        {"config": {**base, "sequence_parallel": {"size": 2, "compile": True}}},
         {},
     ):
         with pytest.raises(dsp.UsageError) as error:
@@ -235,7 +237,8 @@ def _refusals() -> list[str]:
 
 
 def test_configs_that_do_not_fit_are_refused(ranks):
-    signs = ["sequence degree 1", "train_batch_size=4", "neither", "zero_hpz", "sequence_parallel_size", "ds_config once"]
+    signs = ["sequence degree 1", "train_batch_size=4", "neither", "zero_hpz", "sequence_parallel_size"]
+    signs += ["CUDA graphs need a GPU", "call dsp.compile_stages", "ds_config once"]
     for messages in ranks(2, _refusals):
         for sign, message in zip(signs, messages, strict=True):
             assert sign in message

@@ -78,6 +78,24 @@ def test_a_value_given_twice_must_be_the_same(settings, flag, key, value, other)
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize(("flag", "key"), [("--compile", "compile"), ("--cuda-graphs", "cuda_graphs")])
+def test_a_switch_may_be_in_the_ds_config_or_a_flag(settings, flag, key):
+    assert _value(settings(None), f"sequence_parallel.{key}") is False
+    for found in (settings(None, flag), settings({"sequence_parallel": {key: True}})):
+        assert _value(found, f"sequence_parallel.{key}") is True
+    with pytest.raises(UsageError, match=rf"^{flag} and sequence_parallel.{key}=False of the ds_config disagree"):
+        settings({"sequence_parallel": {key: False}}, flag)
+
+
+@pytest.mark.parametrize("flag", ["--stage-timers-interval", "--exposed-communication-interval"])
+def test_what_measures_inside_of_passes_is_refused_with_graphs(settings, flag):
+    settings(None, flag, 10)
+    settings(None, "--cuda-graphs", flag, 0)
+    for given in (settings, lambda _, *line: settings({"sequence_parallel": {"cuda_graphs": True}}, *line[1:])):
+        with pytest.raises(UsageError, match=f"^{flag} 10 with CUDA graphs"):
+            given(None, "--cuda-graphs", flag, 10)
+
+
 def test_flags_do_without_a_ds_config(settings):
     config = settings(None, "--dynamic-sequence-parallel-size", 2, "--global-batch-size", 8, "--lr", 1e-3)
     assert config.degrees == {"tensor": 1, "pipe": 1, "sequence": 2}

@@ -28,6 +28,8 @@ NAMES = [
     "Slice",
     "Stage",
     "UsageError",
+    "capture",
+    "compile_stages",
     "deepspeed_initialize",
     "gather",
     "initialize",
@@ -49,6 +51,8 @@ NAMES = [
 # A call as users write it: so many values by position, and keywords.
 CALLS = {
     "Mesh": (0, ["tensor", "pipe", "sequence", "data"]),
+    "capture": (1, []),
+    "compile_stages": (1, ["backend"]),
     "deepspeed_initialize": (0, ["model", "config", "mesh", "optimizer", "model_parameters", "training_data", "lr_scheduler"]),
     "gather": (1, ["dim", "size", "group"]),
     "initialize": (1, []),
