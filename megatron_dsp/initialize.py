@@ -51,8 +51,8 @@ def _overlap(mesh: Mesh, section: configs.OverlapSection) -> Overlap | None:
         return FixedOverlap(section.chunks)
     if mesh.size("pipe") > 1:
         return None  # between a micro-batch's forward and backward others run: a pass cannot be timed
-    # All of these call modules together, as ZeRO 3 and the tensor axis ask for.
-    return MeasuredOverlap(mesh.group("data", "sequence", "tensor"))
+    # Whether data ranks call modules together, who trains the model knows: `deepspeed_initialize`, or the user.
+    return MeasuredOverlap([mesh.group("sequence"), mesh.group("tensor")], lockstep=mesh.size("data") > 1)
 
 
 def _set_transport(mesh: Mesh, wanted: str) -> None:

@@ -5,6 +5,7 @@ from megatron_dsp.reshard.labels import StageName
 from megatron_dsp.reshard.ledger import Ledger, ledger
 from megatron_dsp.reshard.primitives import all_reduce, gather, mean, mean_loss, split, switch
 from megatron_dsp.reshard.stages.ends import WHOLE_ENDS, Activation, Ends
+from megatron_dsp.reshard.stages.measured_overlap import MeasuredOverlap
 from megatron_dsp.reshard.stages.overlap import FixedOverlap, Overlap, overlap_of, set_overlap
 from megatron_dsp.reshard.stages.region import Region
 from megatron_dsp.reshard.stages.schedule import Schedule
@@ -16,6 +17,7 @@ __all__ = [
     "Ends",
     "FixedOverlap",
     "Ledger",
+    "MeasuredOverlap",
     "Overlap",
     "Region",
     "Schedule",

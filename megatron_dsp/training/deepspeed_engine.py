@@ -19,6 +19,7 @@ from megatron_dsp import launch
 from megatron_dsp.errors import UsageError
 from megatron_dsp.mesh import DeepSpeedView, Mesh
 from megatron_dsp.models.video_dit import Block
+from megatron_dsp.reshard import MeasuredOverlap, overlap_of
 from megatron_dsp.training.compilation import compile_stages
 from megatron_dsp.training.graph_capture import capture
 from megatron_dsp.training.sampler import sampler
@@ -85,6 +86,9 @@ def deepspeed_initialize(
     _report_true_batch_sizes(engine, mesh.size("data"))
     if settings.sequence_parallel.cuda_graphs:
         capture(engine.module)
+    overlap = overlap_of(mesh.group("sequence"))
+    if isinstance(overlap, MeasuredOverlap) and engine.zero_optimization_stage() < 3:
+        overlap.lockstep = False  # weights are not gathered module by module
     loader = None
     if training_data is not None:
         loader = engine.deepspeed_io(

@@ -15,6 +15,7 @@ from torch import Tensor
 from megatron_dsp.errors import UsageError
 from megatron_dsp.layout import Layout
 from megatron_dsp.reshard.stages.schedule import SHARDED, Schedule, What
+from megatron_dsp.reshard.stages.stage import Stage
 from megatron_dsp.reshard.transport.side_streams import SideStreams
 
 
@@ -32,6 +33,9 @@ class Overlap(Protocol):
 
         ``independent`` is a dim that none of them mixes or has sharded. ``ends``: some of them have ends, which can be cut.
         """
+
+    def watch(self, stages: Sequence[Stage]) -> Sequence[Stage]:
+        """What is run for ``stages`` in a pass for which `choose` has left them whole: they themselves, timed perhaps."""
 
 
 @dataclass
@@ -127,6 +131,10 @@ class FixedOverlap:
         schedule = replace(schedule, reason="as asked for")
         self._schedules[str(schedule)] = None
         return schedule
+
+    def watch(self, stages: Sequence[Stage]) -> Sequence[Stage]:
+        """They themselves."""
+        return stages
 
 
 def schedule_of(

@@ -65,6 +65,7 @@ class Region:
                 if not schedule.plain:
                     run = self._run_in_chunks if schedule.cut == "stages" else self._run_with_ends
                     return run(self.group, stages, x, schedule)
+                stages = overlap.watch(stages)
         for stage in stages:
             x = self.shard(x, stage.sharded, stage=stage.label)
             x = _compute(stage, x)
