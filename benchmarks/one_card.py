@@ -60,7 +60,7 @@ OVERLAPS: dict[str, Callable[[dist.ProcessGroup], Overlap]] = {
     "dsp_leave_4": lambda group: FixedOverlap(4, cut="leave"),
     "dsp_stages_2": lambda group: FixedOverlap(2, cut="stages"),
     "dsp_stages_4": lambda group: FixedOverlap(4, cut="stages"),
-    "dsp_overlap": MeasuredOverlap,  # "auto", which decides by uncaptured steps
+    "dsp_overlap": lambda group: MeasuredOverlap([group]),  # "auto", which decides by uncaptured steps
 }
 
 WARM_UP = 3  # steps

@@ -26,6 +26,7 @@ from megatron_dsp.reshard.exchange import Exchange, open_exchanges
 from megatron_dsp.reshard.labels import Label
 from megatron_dsp.reshard.stages.overlap import Overlap
 from megatron_dsp.reshard.stages.schedule import Schedule
+from megatron_dsp.reshard.stages.stage import Stage
 
 # Passes of a shape before it is captured: in them kernels are compiled, chosen and loaded, and rare shapes cost no capture.
 _EAGER_PASSES = 2
@@ -280,6 +281,10 @@ class _WatchedOverlap:
         schedule = self._overlap.choose(*arguments)
         self.decided &= bool(schedule.reason)  # a trial has none
         return schedule
+
+    def watch(self, stages: Sequence[Stage]) -> Sequence[Stage]:
+        """As of `Overlap`."""
+        return self._overlap.watch(stages)
 
 
 @contextmanager
