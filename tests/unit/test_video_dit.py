@@ -127,7 +127,7 @@ def test_self_attention_equals_its_definition(over: str, qk_norm: bool) -> None:
     )
     weights = (torch.einsum(scores, query, key) / 8**0.5).softmax(-1)
     expected = layer.out(torch.einsum(weighted, weights, value).reshape(3, 2, 4, 16))
-    torch.testing.assert_close(layer(x), expected, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(layer(*layer.to_heads(x)), expected, rtol=1e-12, atol=1e-12)
 
 
 def test_a_block_equals_its_definition() -> None:
@@ -289,7 +289,7 @@ def test_self_attention_copies_nothing(over: str, qk_norm: bool) -> None:
     layer = SelfAttention(32, 4, over, qk_norm, TensorParallel())
     x = torch.randn(4, 2, 6, 32, requires_grad=True)
     rotations = time_rotations(4, 8, x) if over == "time" else None
-    assert activation_copies(lambda: layer(x, rotations), x.numel()) == []
+    assert activation_copies(lambda: layer(*layer.to_heads(x), rotations), x.numel()) == []
 
 
 def test_cross_attention_never_copies_the_activation() -> None:
