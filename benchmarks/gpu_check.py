@@ -185,7 +185,9 @@ def _run(command: list[str], stop: float) -> int:
         return OUT_OF_TIME
     print("+", *command, flush=True)
     paths = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    job = subprocess.Popen(command, cwd=ROOT, env={**os.environ, "PYTHONPATH": paths}, start_new_session=True)
+    job = subprocess.Popen(
+        command, cwd=ROOT, env={**os.environ, "PYTHONPATH": paths}, start_new_session=True, preexec_fn=_heed_interrupts
+    )
     try:
         return job.wait(timeout=max(0.0, seconds - GRACE))
     except subprocess.TimeoutExpired:
@@ -198,6 +200,11 @@ def _run(command: list[str], stop: float) -> int:
         with suppress(ProcessLookupError):
             os.killpg(job.pid, signal.SIGKILL)
         job.wait()
+
+
+def _heed_interrupts() -> None:
+    """Also where this was started in the background, which shells do with SIGINT ignored."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def show(found: dict[str, Any], path: Path) -> None:

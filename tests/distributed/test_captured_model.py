@@ -54,7 +54,7 @@ def test_captured_passes_of_a_model_over_ranks(ranks):
 
 def _waits() -> list[int]:
     group = dist.group.WORLD
-    overlap = MeasuredOverlap(group)
+    overlap = MeasuredOverlap([group])
     model, recorder = noisy_models(1)[0], Repeats()
     find_gradients(model, lambda m: _run(m, 4, 0))
     set_overlap(group, overlap)

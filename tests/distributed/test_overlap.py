@@ -39,7 +39,7 @@ from megatron_dsp.reshard.transport.buffers import BufferPool
 
 
 def _random_schedules(seeds: range, ends: bool = False) -> tuple[int, int]:
-    """How many cases were cut, and how many chunks travelled beyond the switches of whole stages."""
+    """How many cases were cut, and how many chunks were computed, or of ends moved, beyond those of whole stages."""
     group = dist.group.WORLD
     cut = more = 0
     for seed in seeds:
@@ -56,7 +56,7 @@ def _random_schedules(seeds: range, ends: bool = False) -> tuple[int, int]:
         assert chunked.sent == plain.sent or (stops_earlier and chunked.sent < plain.sent), case
         if case.dtype == torch.float64 and case.kind != "identity":
             compare_to_one_process(case, parts, [chunked, plain])
-        extra = chunked.calls - plain.calls
+        extra = chunked.calls - plain.calls if ends else len(chunked.seen[0]) - len(plain.seen[0])
         more += extra
         cut += extra > 0
     return cut, more
@@ -78,7 +78,7 @@ def test_random_schedules(ranks, size, cases, block):
 def test_random_schedules_of_ends(ranks, size, cases, block):
     seeds = range(1000 * size + cases * block, 1000 * size + cases * (block + 1))
     for cut, more in ranks(size, _random_schedules, seeds, True):
-        assert cut > 0.6 * cases
+        assert cut > 0.5 * cases
         assert more > 2 * cases
 
 
@@ -116,10 +116,10 @@ def _inference(mode: str) -> None:
         expected = forward(case, parts, Region(case.layout("time"), group), [], x)
         set_overlap(group, overlap_of_case(case))
         seen: list[tuple[object, ...]] = []
-        with getattr(torch, mode)():
+        with getattr(torch, mode)(), dsp.ledger() as moved:
             y = forward(case, parts, Region(case.layout("time"), group), seen, x)
         set_overlap(group, None)
-        assert len(seen) > len(parts)
+        assert moved.calls == 6
         assert not y.requires_grad
         assert y.is_inference() == (mode == "inference_mode")
         same(y, expected.detach(), case, "output")

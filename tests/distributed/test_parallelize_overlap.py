@@ -376,7 +376,7 @@ class Trying:
         self.asked: list[Any] = []
         self.decisions: list[str] = []
 
-    def choose(self, layout: Any, group: Any, sharded: Any, x: Tensor, independent: str | None, *more: Any) -> Schedule:
+    def choose(self, layout: Any, group: Any, sharded: Any, x: Tensor, independent: str | None, ends: bool) -> Schedule:
         self.asked.append((layout, tuple(sharded), tuple(x.shape), x.requires_grad, independent))
         chunks = len(self.asked) % 3 + 1
         return Schedule("B", True, {"B": chunks}) if chunks < 3 else Schedule("S", False, {"S": 2})
@@ -391,7 +391,7 @@ def _try() -> None:
     own = dsp.shard_sizes(5, 2)[group.rank()]
     layout = Layout(("B", "T", "S", "C"), (3, 5, 7, C), "T")
     assert set(overlap.asked) == {(layout, ("T", "S", "T", "S", "T"), (3, own, 7, C), True, "B")}
-    set_overlap(group, measured := MeasuredOverlap(group))
+    set_overlap(group, measured := MeasuredOverlap([group]))
     passes = 0
     while not measured.decisions and passes < 30:
         _compare(_pass(model, xs, "in reverse"), expected)

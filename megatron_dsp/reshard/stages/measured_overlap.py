@@ -166,7 +166,7 @@ class MeasuredOverlap:
             if self._link is None:
                 self._link = measure_link(group, x.device, agree=self._agree)
             possible = _possible(layout, sharded, group.size(), independent, ends)
-            stages = trial.clock.read(self._agree, x.device)
+            stages = trial.clock.read(self._agree, x.device) or _equal_stages(sharded, medians[0])
             likely, reason = self._find_likely(possible, stages, self._link, layout, group.size(), x, medians[0])
             if likely:
                 trial.begin([_PLAIN, *likely])
@@ -196,6 +196,15 @@ class MeasuredOverlap:
         likely = sorted((found for found in gains if found[0] > self.LEAST_GAIN * plain), key=lambda found: -found[0])
         share = f"switches are about {whole / plain:.0%} of a pass of {plain * 1000:.1f} ms; {link}"
         return [schedule for _, schedule in likely[: self._MOST]], share
+
+
+def _equal_stages(sharded: Sequence[str], plain: float) -> list[StageSeconds]:
+    """Stages that were not timed, as modules of a parallelized model: each has the same share of a pass of ``plain`` seconds.
+
+    A third of it is forward. Switches are counted in, so what is found hidden is the most that can be.
+    """
+    share = plain / len(sharded)
+    return [StageSeconds(dim, body=share / 3, backward=2 * share / 3) for dim in sharded]
 
 
 def _possible(layout: Layout, sharded: Sequence[str], ranks: int, independent: str | None, ends: bool) -> list[Schedule]:
