@@ -91,10 +91,10 @@ def side_streams(group: dist.ProcessGroup, device: torch.device) -> SideStreams 
 class FixedOverlap:
     """``chunks`` chunks, or as many as the smallest shard has elements. Attributes as those of `Schedule`.
 
-    ``cut`` None: the ends of stages where some have ends, else whole stages. ``along`` None: of ends, the largest dim that some
-    stage has sharded. Of whole stages, the dim that no stage mixes where it is as large as ``chunks``, since both ends of its
-    switches are hidden; else each stage's own. ``shrink`` None: chunks of half of the one before where the last one travels
-    alone, equal ones else.
+    ``cut`` None: whole stages where the dim that no stage mixes is as large as ``chunks``, since its slices meet nowhere; else
+    the ends of stages, where some have ends. ``along`` None: of ends, the largest dim that some stage has sharded. Of whole
+    stages, the dim that none mixes where it is large enough, else each stage's own. ``shrink`` None: chunks of half of the one
+    before where the last one travels alone, equal ones else.
     """
 
     def __init__(self, chunks: int, *, along: str | None = None, shrink: float | None = None, cut: What | None = None):
@@ -111,15 +111,14 @@ class FixedOverlap:
     ) -> Schedule:
         """The same for every pass. Errors: UsageError for a dim along which no stage can be cut."""
         sharded = list(dict.fromkeys(sharded))
-        cut: What = self.cut or ("ends" if ends and self.along in (None, *layout.dims[:-1]) else "stages")
-        along = self.along
-        if cut != "stages":
-            along = along or max(sharded, key=layout.size)
-            possible = layout.dims[:-1]
-        else:
-            if along is None:
-                along = independent if independent and layout.size(independent) >= self.chunks else SHARDED
+        slices = independent if independent and layout.size(independent) >= self.chunks else None
+        cut: What = self.cut or ("ends" if ends and self.along is None and slices is None else "stages")
+        if cut == "stages":
+            along = self.along or slices or SHARDED
             possible = (SHARDED, *([independent] if independent else []), *sharded)
+        else:
+            along = self.along or max(sharded, key=layout.size)
+            possible = layout.dims[:-1]
         if along not in possible:
             raise UsageError(
                 f"overlap along {along!r}: the stages have {', '.join(sharded)} sharded, and the dim that none mixes is "
