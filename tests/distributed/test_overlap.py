@@ -78,7 +78,7 @@ def test_random_schedules(ranks, size, cases, block):
 def test_random_schedules_of_ends(ranks, size, cases, block):
     seeds = range(1000 * size + cases * block, 1000 * size + cases * (block + 1))
     for cut, more in ranks(size, _random_schedules, seeds, True):
-        assert cut > 0.5 * cases
+        assert cut > 0.3 * cases  # on 4 ranks many a dim is too small
         assert more > 2 * cases
 
 
