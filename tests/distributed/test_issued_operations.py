@@ -212,6 +212,7 @@ def _compare(kinds: list[dict[str, Any]]) -> tuple[list[StageSeconds], list[tupl
     return timed, found
 
 
+@pytest.mark.long  # it measures times, which a busy machine spoils
 def test_predicted_exposure_is_what_a_network_exposes(ranks):
     kinds = [
         {"chunks": 2, "cut": "ends"},

@@ -100,7 +100,7 @@ def steps_of(schedule: Schedule, stages: Sequence[StageSeconds], layout: Layout,
                 backward.append(step._replace(what="begin"))
             else:
                 # Ends are within the checkpoint, which computes all of the stage as soon as any of it is needed.
-                if schedule.cut != "stages" and stages[stage].recomputes and stage not in computed_again:
+                if _runs_whole(schedule) and stages[stage].recomputes and stage not in computed_again:
                     computed_again.add(stage)
                     backward.append(Step("recompute", stage))
                 backward.append(step)
@@ -178,9 +178,7 @@ def operations_of(
     queues = ON_CPU if schedule.plain else queues
     return (
         _operations(forward, lambda step: _forward_seconds(stages[step.stage], step), switch, queues),
-        _operations(
-            backward, lambda step: _backward_seconds(stages[step.stage], step, schedule.cut != "stages"), switch, queues
-        ),
+        _operations(backward, lambda step: _backward_seconds(stages[step.stage], step, _runs_whole(schedule)), switch, queues),
     )
 
 
@@ -216,10 +214,15 @@ def _forward_seconds(stage: StageSeconds, step: Step) -> float:
     return getattr(stage, step.what) * step.share
 
 
-def _backward_seconds(stage: StageSeconds, step: Step, ends: bool) -> float:
+def _runs_whole(schedule: Schedule) -> bool:
+    """Whether each stage is called once, its ends aside."""
+    return schedule.plain or schedule.cut != "stages"
+
+
+def _backward_seconds(stage: StageSeconds, step: Step, runs_whole: bool) -> float:
     if step.what == "recompute":
         return stage.forward
-    again = stage.forward if ends and stage.recomputes else 0.0
+    again = stage.forward if runs_whole and stage.recomputes else 0.0
     part = _forward_seconds(stage, step)
     return max(0.0, stage.backward - again) * part / stage.forward if part else 0.0
 
