@@ -95,6 +95,7 @@ def test_a_fast_network_keeps_whole_stages(ranks):
         assert decisions[0].startswith("whole stages"), decisions
 
 
+@pytest.mark.long
 def test_a_network_that_waits_to_be_waited_for_keeps_whole_stages(ranks):
     for decisions, _ in ranks(2, _choose, (1 << 19) / (SECONDS / 2), False):
         assert decisions[0].startswith("whole stages"), decisions
