@@ -3,7 +3,7 @@
 Semantics relied on (https://docs.pytorch.org/docs/stable/notes/cuda.html#cuda-graphs): capture records work and runs none of
 it. A graph replays the same kernels on the same memory; what it computes stays there until it, or another graph of the same
 pool, is replayed. A stream that waits for an event of a captured stream is captured too, and must be waited for before capture
-ends: so are the side stream of switches and NCCL's.
+ends: so are the side streams of switches and NCCL's.
 """
 
 from __future__ import annotations

@@ -95,8 +95,18 @@ def find_way(before: Stage, after: Stage, exchange: Exchange, layout: Layout, sc
         of_chunk = ranges | {along: _without_gaps(chunk)}
         size = of_chunk[gather].total
         dims = layout.index(gather), layout.index(split)
-        leg = Leg(exchange, *dims, size, of_chunk[gather], of_chunk[split], Landing(), Landing(), after.label)
-        leg.begins_again, leg.ends_again = before.recomputes, after.recomputes
+        leg = Leg(
+            exchange,
+            *dims,
+            size,
+            of_chunk[gather],
+            of_chunk[split],
+            Landing(),
+            Landing(),
+            after.label,
+            begins_again=before.recomputes,
+            ends_again=after.recomputes,
+        )
         legs_of_chunks.append(leg)
     return Way(
         layout.index(along),
@@ -128,8 +138,8 @@ def _without_gaps(ranges: RankRanges) -> RankRanges:
     return RankRanges(tuple(pairwise(stops)))
 
 
-def take_chunks(x: Tensor, dim: int, places: Sequence[Places]) -> list[Tensor]:
-    """The chunks of ``x``: views where all of it lies in one place, copies else. Adjoint: `put_chunks`."""
+def split_end(x: Tensor, dim: int, places: Sequence[Places]) -> list[Tensor]:
+    """The chunks of ``x``: views where all of it lies in one place, copies else. Adjoint: `join_end`."""
     blocks = [x] if len(places) == 1 else x.split([ranks * sum(sizes) for ranks, sizes in places], dim)
     of_blocks = []
     for block, (ranks, sizes) in zip(blocks, places, strict=True):
@@ -141,8 +151,8 @@ def take_chunks(x: Tensor, dim: int, places: Sequence[Places]) -> list[Tensor]:
     return [parts[0] if len(parts) == 1 else torch.cat(parts, dim) for parts in zip(*of_blocks, strict=True)]
 
 
-def put_chunks(chunks: Sequence[Tensor], dim: int, places: Sequence[Places]) -> Tensor:
-    """The tensor whose chunks these are; a copy. Adjoint: `take_chunks`."""
+def join_end(chunks: Sequence[Tensor], dim: int, places: Sequence[Places]) -> Tensor:
+    """The tensor whose chunks these are; a copy. Adjoint: `split_end`."""
     of_chunks: list[Sequence[Tensor]] = [
         [chunk] if len(places) == 1 else chunk.split([ranks * sizes[number] for ranks, sizes in places], dim)
         for number, chunk in enumerate(chunks)
@@ -184,7 +194,7 @@ class ChunkedEnds:
             chunk = self._complete(legs.end([leg], [token]))
             with self._on_chunk(way.target, number):
                 done.append(run(chunk) if way.enters else (chunk,))
-        wholes = tuple(put_chunks(chunks, way.dim, way.target) for chunks in zip(*done, strict=True))
+        wholes = tuple(join_end(chunks, way.dim, way.target) for chunks in zip(*done, strict=True))
         return wholes if way.enters else run(*wholes)
 
     def leave(self, run: Callable[..., Tensor], *xs: Tensor) -> Activation:
@@ -192,7 +202,7 @@ class ChunkedEnds:
         if way is None:
             return run(*xs)
         tokens: list[Tensor] = []
-        chunks = zip(*(take_chunks(x, way.dim, way.source) for x in xs), strict=True)
+        chunks = zip(*(split_end(x, way.dim, way.source) for x in xs), strict=True)
         for number, (leg, chunk) in enumerate(zip(way.legs, chunks, strict=True)):
             with self._on_chunk(way.source, number):
                 y = run(*chunk)
@@ -203,7 +213,7 @@ class ChunkedEnds:
         if self._chunk is None or name != self._along:
             return side
         places, number = self._chunk
-        return take_chunks(side, dim, places)[number]
+        return split_end(side, dim, places)[number]
 
     @contextmanager
     def _on_chunk(self, places: Sequence[Places], number: int) -> Iterator[None]:

@@ -61,8 +61,15 @@ class Leg:
         source: Landing,
         target: Landing,
         stage: StageName,
+        *,
+        begins_again: bool = False,
+        ends_again: bool = False,
     ):
-        """``size`` is the global size of dim ``gather``."""
+        """``size`` is the global size of dim ``gather``.
+
+        ``begins_again``, ``ends_again``: whether the stage that it leaves, or reaches, is computed again in backward. It
+        travels once all the same.
+        """
         self._exchange = exchange
         self._dims = gather, split
         self._size = size
@@ -71,8 +78,7 @@ class Leg:
         self._stage = stage
         self._end: End | None = None
         self._source_shape: list[int] = []
-        # Whether the stage that it leaves, or reaches, is computed again in backward: it travels once all the same.
-        self.begins_again = self.ends_again = False
+        self.begins_again, self.ends_again = begins_again, ends_again
         self._begun = False
         self._kept: Tensor | None = None  # what has arrived, for a stage that is computed again
 
